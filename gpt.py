@@ -1,0 +1,440 @@
+"""The model: GPT-2, written out. Token ids go in; logits, a loss, or one next id after another come out.
+
+    ids (B, T) --wte + wpe--> (B, T, C) --n_layer blocks--> (B, T, C) --ln_f, head--> logits (B, T, V)
+                                                                                          |
+                    training: the logits at t against the id at t + 1 --> loss  <---------+
+                    sampling: the last logits --softmax--> one more id  <-----------------+
+
+    B  batch: sequences side by side         H  heads of attention
+    T  time: positions in a sequence         D  head size: H * D = C
+    C  channels: the width of the vector     S  positions a query can look back on: T, or more
+       that stands for one position             with a cache of earlier ones
+    V  vocabulary: how many different ids there are
+
+Modules and weights have the names of OpenAI's release (wte: token embedding, wpe: position embedding,
+h: blocks, c_attn, c_fc, c_proj: linear layers), so that its weights need no renaming here.
+
+Left out: training (train.py), text (prepare.py, sample.py), and all that came after GPT-2.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class ModelError(ValueError):
+    """What a user can get wrong about a model: sizes that do not fit, a file that holds no weights."""
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes of one model. Raises ModelError where they do not fit together."""
+    block_size: int = 1024      # the longest sequence it can read
+    vocab_size: int = 50257     # ids it knows
+    n_layer: int = 12           # blocks, one after the other
+    n_head: int = 12            # attention heads in each block
+    n_embd: int = 768           # C, the width
+    mlp_ratio: int = 4          # the MLP inside a block is this many times wider than C
+    dropout: float = 0.0        # share of activations zeroed in training
+    bias: bool = True           # whether linear layers and LayerNorms add a bias
+    tied: bool = True           # whether the head is the token embedding, transposed
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ModelError(f"{name} must be a whole number above 0, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ModelError(f"n_embd must be divisible by n_head, and {self.n_embd} is not by {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+
+
+MODELS = {
+    "nano": GPTConfig(block_size=256, vocab_size=257, n_layer=4, n_head=4, n_embd=192),
+    "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+# ----------------------------------------------------------------------------------------------- layers
+# LayerNorm, attention and GELU each stand here twice: as the formula, to be read, and as PyTorch's fused
+# kernel, which computes the same in fewer passes over memory and runs unless GPT(config, fused=False).
+
+class LayerNorm(nn.Module):
+    """Brings the C channels of each position to mean 0 and variance 1, then scales and shifts each channel
+    (Ba et al. 2016)."""
+    EPSILON = 1e-5
+
+    def __init__(self, config, fused):
+        super().__init__()
+        self.fused = fused
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x):
+        if self.fused:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPSILON)
+        mean = x.mean(-1, keepdim=True)                                     # (B, T, C) -> (B, T, 1)
+        variance = x.var(-1, unbiased=False, keepdim=True)                  # (B, T, C) -> (B, T, 1)
+        x = (x - mean) / torch.sqrt(variance + self.EPSILON) * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class KVCache:
+    """The keys and values of one attention layer for the positions read so far, in memory allocated once."""
+
+    def __init__(self, config, batch_size, dtype, device):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, k, v):
+        """Takes k and v of T new positions, (B, H, T, D), and gives those of all S so far, (B, H, S, D)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start:self.length] = k
+        self.values[:, :, start:self.length] = v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position looks at itself and at those before it, and takes a weighted mean of what they offer:
+    softmax(q k^T / sqrt(D)) v, in each of H heads (Vaswani et al. 2017)."""
+
+    def __init__(self, config, fused):
+        super().__init__()
+        self.fused = fused
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)   # (B, T, C) -> (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # -> three of (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(k, v)                                       # (B, H, T, D) -> (B, H, S, D)
+        y = self.attend(q, k, v)
+        y = y.transpose(1, 2).reshape(B, T, C)                              # (B, H, T, D) -> (B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+    def attend(self, q, k, v):
+        T, S, D = q.shape[2], k.shape[2], q.shape[3]
+        dropout = self.dropout if self.training else 0.0
+        if self.fused:
+            # A cache grows from empty, or by one position: so the queries are all S positions, or the last.
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        scores = q @ k.transpose(2, 3) / math.sqrt(D)                       # (B, H, T, D) -> (B, H, T, S)
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        return F.dropout(weights, dropout) @ v                              # (B, H, T, S) -> (B, H, T, D)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, on each position by itself."""
+
+    def __init__(self, config, fused):
+        super().__init__()
+        self.fused = fused
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        x = self.gelu(self.c_fc(x))                                         # (B, T, C) -> (B, T, ratio * C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)       # -> (B, T, C)
+
+    def gelu(self, x):
+        """x times the share of a normal distribution below x, its tanh form (Hendrycks and Gimpel 2016)."""
+        if self.fused:
+            return F.gelu(x, approximate="tanh")
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+class Block(nn.Module):
+    """Attention moves information between positions, the MLP works on it. Both add to the residual stream x
+    and read it through a LayerNorm of their own (pre-norm, Radford et al. 2019)."""
+
+    def __init__(self, config, fused):
+        super().__init__()
+        self.ln_1 = LayerNorm(config, fused)
+        self.attn = CausalSelfAttention(config, fused)
+        self.ln_2 = LayerNorm(config, fused)
+        self.mlp = MLP(config, fused)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum over N rows of -log softmax(x @ weight.T)[target], without ever holding all N * V logits: they
+    are made, used and dropped some rows at a time.
+
+    The gradient with respect to a row's logits is softmax(logits) - onehot(target), known as soon as they
+    are. So forward computes the gradients of x and weight too, and backward only scales them by what comes
+    from above.
+    """
+    LOGITS_AT_ONCE = 2 ** 25    # 128 MiB in float32
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
+        """x (N, C), weight (padded V, C), targets (N,); ids from vocab_size on are padding."""
+        loss = torch.zeros((), device=x.device)
+        if with_gradients:
+            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        rows_at_once = max(1, LinearCrossEntropy.LOGITS_AT_ONCE // weight.shape[0])
+        for start in range(0, x.shape[0], rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            target = targets[rows].unsqueeze(1)                             # (rows,) -> (rows, 1)
+            logits = F.linear(x[rows], weight).float()                      # (rows, C) -> (rows, padded V)
+            logits[:, vocab_size:] = -math.inf                              # no probability for padding
+            log_softmax = F.log_softmax(logits, dim=1)
+            loss -= log_softmax.gather(1, target).sum()
+            if with_gradients:
+                grad_logits = log_softmax.exp()
+                grad_logits.scatter_add_(1, target, -torch.ones_like(grad_logits[:, :1]))
+                grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
+                grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
+        if with_gradients:
+            ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+class GPT(nn.Module):
+    """model(ids) gives the logits, model(ids, targets) the mean loss, model.generate(ids, n) n next ids.
+
+    Inside, the vocabulary is padded to a multiple of 64, which matrix units are fast at. The padding gets
+    no probability: it is never sampled and adds nothing to a loss, nor is it counted or exported.
+    """
+
+    def __init__(self, config, fused=True):
+        super().__init__()
+        self.config = config
+        padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
+        self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, fused) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config, fused)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """As GPT-2: normal with deviation 0.02, biases 0. The 2 * n_layer layers that add to the residual
+        stream start smaller, so that the sum does not grow with depth (Radford et al. 2019)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def head(self):
+        """The matrix that turns what the last block gives into logits, (padded V, C)."""
+        return self.wte.weight if self.config.tied else self.lm_head.weight
+
+    def num_params(self):
+        """How many numbers training can change, without those of the vocabulary's padding."""
+        padding = (self.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding * (1 if self.config.tied else 2)
+
+    def forward(self, ids, targets=None):
+        """ids (B, T) -> logits (B, T, V). With targets (B, T), the ids one further on: -> the mean
+        cross-entropy, a scalar, in nats per id. Raises ValueError where T is above block_size."""
+        x = self.hidden(ids)
+        if targets is None:
+            return F.linear(x, self.head)[..., :self.config.vocab_size]     # (B, T, C) -> (B, T, V)
+        total = LinearCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(),
+                                         self.config.vocab_size, torch.is_grad_enabled())
+        return total / targets.numel()
+
+    def hidden(self, ids, caches=None):
+        """ids (B, T) -> what the head reads, (B, T, C). With caches, one a layer, ids follow those in it."""
+        start = caches[0].length if caches else 0
+        end = start + ids.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} positions do not fit into a block_size of {self.config.block_size}")
+        x = self.wte(ids) + self.wpe.weight[start:end]                      # (B, T) -> (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            x = block(x, caches[i] if caches else None)
+        return self.ln_f(x)
+
+    @torch.inference_mode()
+    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times.
+
+        Temperature 0 takes the likeliest id (greedy). Above, an id is drawn, by the torch.Generator, from
+        softmax(logits / temperature), cut down to the top_k likeliest ids (Fan et al. 2018) and to the
+        fewest that have top_p of the probability together (nucleus sampling, Holtzman et al. 2019).
+
+        An id depends on all before it while they fit into block_size. When they no longer do, the last
+        block_size // 2 are read anew, from position 0, and it goes on from there: so it always depends on
+        at least those. Of a prompt longer than block_size only the end counts.
+        """
+        assert temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+        block_size = self.config.block_size
+        caches = [KVCache(self.config, ids.shape[0], self.head.dtype, ids.device) for _ in self.h]
+        context = unread = ids[:, -block_size:]
+        for _ in range(max_new_tokens):
+            if caches[0].length == block_size:
+                context = unread = context[:, -max(1, block_size // 2):]
+                for cache in caches:
+                    cache.length = 0
+            x = self.hidden(unread, caches)[:, -1]                          # (B, T) -> (B, C)
+            logits = F.linear(x, self.head)[:, :self.config.vocab_size]     # (B, C) -> (B, V)
+            next_ids = pick(logits.float(), temperature, top_k, top_p, generator)
+            yield next_ids
+            unread = next_ids.unsqueeze(1)                                  # (B,) -> (B, 1)
+            context = torch.cat([context, unread], dim=1)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The model in a folder as Hugging Face lays GPT-2 out (config.json, model.safetensors), on the CPU
+        in evaluation mode. Raises ModelError where a file is missing, or is of another architecture. Needs
+        the package safetensors."""
+        from safetensors.torch import load_file
+        config_path, weights_path = Path(folder, "config.json"), Path(folder, "model.safetensors")
+        for path in (config_path, weights_path):
+            if not path.is_file():
+                raise ModelError(f"there is no {path}: {folder} must be as Hugging Face lays a model out")
+        config = config_from_hugging_face(json.loads(config_path.read_text(encoding="utf-8")))
+        with torch.device("meta"):
+            model = cls(config)
+        found = load_file(weights_path)
+        found = {name.removeprefix("transformer."): weight for name, weight in found.items()}
+        weights = {}
+        for name, ours in model.state_dict().items():
+            if name not in found:
+                raise ModelError(f"{weights_path} has no {name}")
+            weight = found[name].T.contiguous() if is_transposed(name) else found[name]
+            if is_padded(name):
+                weight = F.pad(weight, (0, 0, 0, ours.shape[0] - config.vocab_size))
+            if weight.shape != ours.shape:
+                raise ModelError(f"{weights_path} does not fit its config.json: {name} is "
+                                 f"{tuple(weight.shape)}, and must be {tuple(ours.shape)}")
+            weights[name] = weight
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder):
+        """Writes what transformers.GPT2LMHeadModel.from_pretrained(folder) reads, with equal logits. Needs
+        the package safetensors."""
+        from safetensors.torch import save_file
+        weights = {}
+        for name, weight in self.state_dict().items():
+            weight = weight[:self.config.vocab_size] if is_padded(name) else weight
+            weight = weight.T if is_transposed(name) else weight
+            weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight.contiguous()
+        os.makedirs(folder, exist_ok=True)
+        save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        config = json.dumps(config_to_hugging_face(self.config), indent=2)
+        Path(folder, "config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """One id for each row of logits, (B, V) -> (B,). The options are those of GPT.generate."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[1]:
+        least = logits.topk(top_k).values[:, -1:]                           # (B, V) -> (B, 1)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        falling, order = probabilities.sort(dim=-1, descending=True)
+        likelier = falling.cumsum(-1) - falling                             # all that the ids before it have
+        falling[likelier >= top_p] = 0
+        probabilities = torch.zeros_like(falling).scatter(1, order, falling)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+# -------------------------------------------------------------------------------------- weights on disk
+
+def save_checkpoint(path, model, meta):
+    """Writes model and meta, a dictionary of tensors and plain values. At every moment `path` is the old
+    file or the new one, whole."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save({"config": asdict(model.config), "model": model.state_dict(), "meta": meta}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, (model, meta), on the CPU, the model in evaluation mode. No code from the
+    file is run. Raises ModelError where there is none, or it is damaged or not one of ours."""
+    if not os.path.isfile(path):
+        raise ModelError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["model"], assign=True)
+        return model.eval(), content["meta"]
+    except Exception as error:      # in a file from outside anything can be wrong, and is the file's fault
+        raise ModelError(f"{path} is damaged, cut short, or no checkpoint of this program") from error
+
+
+def is_padded(name):
+    """Whether a weight has a row for each id of the vocabulary."""
+    return name in ("wte.weight", "lm_head.weight")
+
+
+def is_transposed(name):
+    """Whether Hugging Face has a weight as (in, out), as OpenAI's release does, and not as (out, in)."""
+    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+
+
+HUGGING_FACE_NAMES = {
+    "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd", "dropout": "resid_pdrop", "tied": "tie_word_embeddings"}
+HUGGING_FACE_ARCHITECTURE = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": LayerNorm.EPSILON,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+
+
+def config_to_hugging_face(config):
+    values = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE_NAMES.items()}
+    end_of_text = config.vocab_size - 1
+    return {"architectures": ["GPT2LMHeadModel"], **HUGGING_FACE_ARCHITECTURE, **values,
+            "n_inner": config.mlp_ratio * config.n_embd, "embd_pdrop": config.dropout,
+            "attn_pdrop": config.dropout, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+
+
+def config_from_hugging_face(values):
+    for name, value in HUGGING_FACE_ARCHITECTURE.items():
+        if values.get(name, value) != value:
+            raise ModelError(f"config.json has {name} {values[name]!r}, and GPT-2 has {value!r}")
+    sizes = {ours: values[theirs] for ours, theirs in HUGGING_FACE_NAMES.items() if theirs in values}
+    mlp_ratio, rest = divmod(values.get("n_inner") or 4 * sizes["n_embd"], sizes["n_embd"])
+    if rest:
+        raise ModelError(f"config.json has n_inner {values['n_inner']}, no multiple of n_embd")
+    return GPTConfig(**sizes, mlp_ratio=mlp_ratio)

