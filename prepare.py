@@ -322,8 +322,8 @@ def statistics(path, tokenizer):
     bytes_of[tokenizer.eot_token] = 0
     times = np.zeros(tokenizer.n_vocab, dtype=np.int64)
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            times += np.bincount(np.frombuffer(block, ID), minlength=tokenizer.n_vocab)
+        while len(ids := np.fromfile(file, ID, BLOCK)):
+            times += np.bincount(ids, minlength=tokenizer.n_vocab)
     return {"documents": int(times[tokenizer.eot_token]), "bytes": int(times @ bytes_of),
             "tokens": int(times.sum())}
 

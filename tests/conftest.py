@@ -55,7 +55,7 @@ def model(tiny):
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tiny):
     """A small data folder, data/text, of 1,999 bytes and an end-of-text."""
     text = "".join(f"{i} times {i} is {i * i}.\n" for i in range(200))[:1999]
     Path("text.txt").write_text(text, encoding="utf-8")

@@ -1,0 +1,41 @@
+"""The whole chain, as a user types it, on a small share of the data."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def shell(line):
+    """Runs a line as it stands in the README, with the scripts of this checkout; gives what it printed."""
+    words = [str(ROOT / word) if word in ("prepare.py", "train.py", "sample.py") else word
+             for word in shlex.split(line)]
+    program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    result = subprocess.run([*program[words[0]], *words[1:]], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_text_becomes_tokens_becomes_weights_becomes_text():
+    assert "data/python: 30 documents" in shell("python prepare.py --sample_size 30")
+    trained = shell("torchrun --standalone --nproc_per_node=2 train.py --max_steps 4 --batch_size 2 "
+                    "--global_batch_size 4 --eval_windows 8 --eval_interval 2")
+    assert trained.startswith("training nano on cpu") and trained.count("validation loss") == 2
+    assert {path.name for path in Path("out/python").iterdir()} == {
+        "best.pt", "last.pt", "log.jsonl", "curves.png"}
+    assert shell('python sample.py --prompt "def " --max_new_tokens 20').startswith("def ")
+
+
+def test_a_stopped_chain_goes_on():
+    shell("python prepare.py --sample_size 30")
+    flags = "--batch_size 2 --global_batch_size 4 --eval_windows 8"
+    shell(f"python train.py {flags} --max_steps 2")
+    assert "step 3/3 | validation loss" in shell("python train.py --resume --max_steps 3")
+
+
+def test_each_program_explains_its_flags():
+    for script in ("prepare.py", "train.py", "sample.py"):
+        explained = shell(f"python {script} --help")
+        assert "(default: " in explained and "default: None" not in explained and "SUPPRESS" not in explained

@@ -1,0 +1,269 @@
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHAKESPEARE
+
+import prepare
+from prepare import get_tokenizer, load_meta, load_tokens, main
+
+AWKWARD = ("naïve café — 東京 🇫🇷 👩‍👩‍👧 e\u0301 \u202e\ufeff\x00\x85\xa0 <|endoftext|> \r\n\r\n\n   "
+           "\t\x1c x  \n's 'S ’s 12345678 !?…  \u3000end ")
+
+
+def write(name, content):
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return name
+
+
+def ids_of(folder):
+    return np.concatenate([load_tokens(folder, "train"), load_tokens(folder, "val")]).tolist()
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+# ----------------------------------------------------------------------------------- text, there and back
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+@pytest.mark.parametrize("text", ["a", "plain words\n", AWKWARD, AWKWARD * 50], ids=range(4))
+def test_decoding_the_files_gives_the_text_back(tokenizer, text):
+    prepare.prepare([write("a.txt", text)], "data/a", tokenizer)
+    assert get_tokenizer(tokenizer).decode(ids_of("data/a")) == text + "<|endoftext|>"
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"{SHAKESPEARE.name} is not beside this checkout")
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_decoding_the_files_gives_shakespeare_back(tokenizer):
+    prepare.prepare([SHAKESPEARE], "data/a", tokenizer)
+    text = SHAKESPEARE.read_text(encoding="utf-8")
+    assert get_tokenizer(tokenizer).decode(ids_of("data/a")) == text + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_where_a_long_text_is_cut_changes_neither_text_nor_gpt2_ids(monkeypatch, block):
+    monkeypatch.setattr(prepare, "BLOCK", block)
+    text = AWKWARD + " Some   words,\n\n\n  and  more words\n \n" * 5
+    prepare.prepare([write("a.txt", text)], "data/a", "gpt2")
+    tokenizer = get_tokenizer("gpt2")
+    assert tokenizer.decode(ids_of("data/a")) == text + "<|endoftext|>"
+    if block == 64:     # then each block has a place where a cut does no harm
+        assert ids_of("data/a") == [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
+
+
+def test_end_of_text_written_out_in_a_text_is_text():
+    prepare.prepare([write("a.txt", "<|endoftext|>")], "data/a", "gpt2")
+    assert ids_of("data/a").count(get_tokenizer("gpt2").eot_token) == 1
+
+
+def test_half_a_surrogate_pair_in_json_becomes_the_replacement_character():
+    prepare.prepare([write("a.jsonl", '{"text": "a\\ud83db"}')], "data/a", "bytes")
+    assert get_tokenizer("bytes").decode(ids_of("data/a")) == "a\ufffdb<|endoftext|>"
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+def test_txt_jsonl_gz_and_folders_give_their_documents_in_order():
+    write("in/a.txt", "first")
+    write("in/b/c.jsonl", jsonl("second", "", "third") + "\n")
+    write("in/d.jsonl.gz", jsonl("fourth"))
+    write("in/e.txt.gz", "fifth")
+    write("in/f.txt", "")
+    write("in/image.png", b"\xff")
+    prepare.prepare(["in", write("g.txt", "sixth")], "data/a", "bytes")
+    text = get_tokenizer("bytes").decode(ids_of("data/a"))
+    assert text.split("<|endoftext|>") == ["first", "second", "third", "fourth", "fifth", "sixth", ""]
+
+
+def test_the_default_is_the_standard_library_as_bytes(capsys):
+    main(["--sample_size", "20"])
+    documents = get_tokenizer("bytes").decode(ids_of("data/python")).split("<|endoftext|>")[:-1]
+    assert load_meta("data/python")["tokenizer"] == "bytes"
+    assert documents == [path.read_bytes().decode() for path in prepare.find_files("python")[:20]]
+    assert "data/python: 20 documents" in capsys.readouterr().out
+
+
+def test_the_standard_library_is_without_its_tests_and_without_installed_packages():
+    paths = prepare.find_files("python")
+    assert any(path.name == "argparse.py" for path in paths)
+    assert not any({"site-packages", "test"} & set(path.parts) for path in paths)
+
+
+@pytest.mark.parametrize("source, name", [
+    ("books", "books"), ("books/", "books"), ("a/b.txt", "b"), ("b.jsonl.gz", "b"), ("v1.5.txt", "v1.5")])
+def test_the_folder_is_named_after_the_source(source, name):
+    assert prepare.default_name(source) == name
+
+
+def test_other_sources_get_the_gpt2_tokenizer():
+    main([write("a.txt", "Hello world, hello again.")])
+    assert load_meta("data/a")["tokenizer"] == "gpt2"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 99])
+def test_sample_size_takes_the_first_documents(limit):
+    prepare.prepare([write("a.jsonl", jsonl("one", "two", "three"))], "data/a", "bytes", sample_size=limit)
+    expected = "".join(text + "<|endoftext|>" for text in ["one", "two", "three"][:limit])
+    assert get_tokenizer("bytes").decode(ids_of("data/a")) == expected
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+def test_the_files_are_raw_little_endian_uint16():
+    prepare.prepare([write("a.txt", "AB")], "data/a", "bytes", val_fraction=0.34)
+    assert Path("data/a/train.bin").read_bytes() == b"A\x00"
+    assert Path("data/a/val.bin").read_bytes() == b"B\x00\x00\x01"
+
+
+@pytest.mark.parametrize("val_fraction, n_train", [(0.1, 900), (0.5, 500), (0.0001, 999), (0.999, 1)])
+def test_the_split_is_by_ids_and_validation_is_the_tail(val_fraction, n_train):
+    write("a.txt", "x" * 999)
+    meta = prepare.prepare(["a.txt"], "data/a", "bytes", val_fraction=val_fraction)
+    assert (meta["train"]["tokens"], meta["val"]["tokens"]) == (n_train, 1000 - n_train)
+    assert ids_of("data/a") == [ord("x")] * 999 + [256]
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_meta_json_counts_documents_bytes_and_tokens_of_each_split(tokenizer):
+    texts = ["déjà vu " * 40, "東京" * 30, "x" * 100]
+    prepare.prepare([write("a.jsonl", jsonl(*texts))], "data/a", tokenizer, val_fraction=0.4)
+    meta, encoding = load_meta("data/a"), get_tokenizer(tokenizer)
+    assert meta["format"] == 1 and meta["vocab_size"] == encoding.n_vocab and meta["tokenizer"] == tokenizer
+    for split in ("train", "val"):
+        ids = load_tokens("data/a", split).tolist()
+        text = [i for i in ids if i != encoding.eot_token]
+        assert meta[split] == {"documents": len(ids) - len(text), "bytes": len(encoding.decode_bytes(text)),
+                               "tokens": len(ids)}
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_the_result_does_not_depend_on_the_number_of_cores(monkeypatch, workers):
+    monkeypatch.setattr(prepare, "BLOCK", 50)
+    write("a.jsonl", jsonl(*(f"document {i} " * i for i in range(60))))
+    prepare.prepare(["a.jsonl"], "data/one", "gpt2", workers=1)
+    prepare.prepare(["a.jsonl"], "data/many", "gpt2", workers=workers)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert Path("data/one", name).read_bytes() == Path("data/many", name).read_bytes()
+
+
+def test_only_a_few_batches_are_read_ahead_of_the_encoder():
+    read = []
+    results = prepare.in_order(lambda x: x * x, (read.append(i) or i for i in range(1000)), workers=2)
+    assert next(results) == 0 and len(read) < 10
+    assert list(results) == [i * i for i in range(1, 1000)]
+
+
+def test_preparing_again_replaces_the_data():
+    for text in ("first", "second, longer"):
+        prepare.prepare([write("a.txt", text)], "data/a", "bytes")
+        assert get_tokenizer("bytes").decode(ids_of("data/a")) == text + "<|endoftext|>"
+
+
+def test_the_ids_cannot_be_written_to(data):
+    with pytest.raises(ValueError, match="read-only"):
+        load_tokens(data, "train")[0] = 1
+
+
+def test_progress_is_lines_where_there_is_no_terminal_and_one_changing_line_on_one(monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 11))
+    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    prepare.prepare([write("a.jsonl", jsonl("abcd", "efgh"))], "data/a", "bytes")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == " 50% | 1 documents | 0.0 MB/s | 11s left"
+    assert second.startswith("100% | 2 documents")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    prepare.prepare(["a.jsonl"], "data/a", "bytes")
+    assert capsys.readouterr().err.count("\n") == 0
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+BAD_SOURCES = [
+    ("none.txt", None, "there is no none.txt"),
+    ("a.pdf", "x", "a.pdf must end in one of .txt, .jsonl"),
+    ("a.txt", "", "there is no text in a.txt"),
+    ("a.jsonl", "\n\n", "there is no text in a.jsonl"),
+    ("a.txt", b"good \xff bad", "a.txt is not UTF-8 at byte 5"),
+    ("a.txt", b"x" * 3_000_000 + "é".encode() + b"\xc3", "a.txt is not UTF-8 at byte 3,000,002"),
+    ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl is not UTF-8 at byte 25"),
+    ("a.jsonl", '{"text": "ok"}\n{"text": \n', "a.jsonl, line 2 is not JSON"),
+    ("a.jsonl", '{"text": "ok"}\n\n{"txt": "x"}\n', 'a.jsonl, line 3 has no "text"'),
+    ("a.jsonl", '["text"]\n', 'a.jsonl, line 1 has no "text"'),
+    ("a.jsonl", '{"text": 5}\n', 'a.jsonl, line 1 has no "text"'),
+    ("a.jsonl", "[" * 100_000, "a.jsonl, line 1 is not JSON"),
+]
+
+
+@pytest.mark.parametrize("name, content, says", BAD_SOURCES)
+def test_a_source_at_fault_is_named_in_one_line_and_leaves_nothing_behind(fails, name, content, says):
+    if content is not None:
+        write(name, content)
+    fails(main, [name, "--tokenizer", "bytes"], says)
+    assert not list(Path("data").glob("*"))
+
+
+def test_a_folder_without_text_is_refused(fails):
+    Path("empty").mkdir()
+    fails(main, ["empty"], "empty has no file below it that ends in .txt")
+
+
+def test_a_damaged_gzip_file_is_refused(fails):
+    write("a.txt.gz", "some text " * 1000)
+    whole = Path("a.txt.gz").read_bytes()
+    for content in (whole[:40], b"not gzip", whole[:30] + b"\xff" * 9 + whole[39:]):
+        Path("a.txt.gz").write_bytes(content)
+        fails(main, ["a.txt.gz", "--tokenizer", "bytes"], "a.txt.gz is damaged, or no gzip file")
+
+
+def test_a_failure_leaves_the_data_that_was_there(fails, data):
+    before = ids_of(data)
+    write("text.txt", b"\xff")
+    fails(main, ["text.txt", "--tokenizer", "bytes"], "text.txt is not UTF-8 at byte 0")
+    assert ids_of(data) == before
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--tokenizer", "gpt5"], "invalid choice: 'gpt5'"),
+    (["--sample_size", "0"], "--sample_size: must be a whole number above 0, not '0'"),
+    (["--sample_size", "ten"], "--sample_size: must be a whole number above 0, not 'ten'"),
+    (["--val_fraction", "1"], "--val_fraction: must be above 0 and below 1, not '1'"),
+    (["--speed", "9"], "unrecognized arguments: --speed")])
+def test_a_bad_flag_is_told_in_one_line(fails, flags, says):
+    fails(main, flags, says)
+
+
+def test_without_a_connection_the_way_out_is_named(fails, monkeypatch):
+    def no_connection(name):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(prepare.tiktoken, "get_encoding", no_connection)
+    fails(main, [write("a.txt", "x")], "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer")
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("meta.json", None, "has no prepared data (no meta.json): run prepare.py first"),
+    ("meta.json", b'{"format": 1, "tok', "meta.json is damaged, half-written, or of another version"),
+    ("meta.json", b"[]", "meta.json is damaged, half-written, or of another version"),
+    ("meta.json", b"\xff", "meta.json is damaged, half-written, or of another version"),
+    ("meta.json", b'{"format": 2}', "meta.json is damaged, half-written, or of another version"),
+    ("train.bin", None, "train.bin has 0 bytes, and by its meta.json 3,600: run prepare.py again"),
+    ("train.bin", b"x" * 3601, "train.bin has 3,601 bytes"),
+    ("train.bin", b"x" * 3598, "train.bin has 3,598 bytes")])
+def test_a_data_folder_that_is_not_whole_is_refused(data, name, content, says):
+    Path(data, name).unlink()
+    if content is not None:
+        Path(data, name).write_bytes(content)
+    with pytest.raises(prepare.UserError) as error:
+        load_tokens(data, "train")
+    assert says in str(error.value)
+
+
+def test_an_unknown_tokenizer_is_refused():
+    with pytest.raises(prepare.UserError, match="there is no tokenizer 'gpt5'"):
+        get_tokenizer("gpt5")

@@ -1,0 +1,157 @@
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpt
+from prepare import get_tokenizer
+from sample import complete, main
+
+
+class Script:
+    """A stand-in for a model that says the same to every prompt: script[i] is its i-th list of ids."""
+
+    def __init__(self, script):
+        self.script, self.prompt = script, None
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def generate(self, ids, max_new_tokens, **options):
+        self.prompt = ids.tolist()
+        yield from map(torch.tensor, self.script[:max_new_tokens])
+
+
+def spoken(script, prompt="x", **options):
+    return list(complete(Script(script), get_tokenizer("bytes"), prompt, **options))
+
+
+@pytest.fixture
+def checkpoint(model):
+    Path("out/text").mkdir(parents=True)
+    gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes"}})
+    return "out/text/best.pt"
+
+
+@pytest.fixture
+def says(capsys, checkpoint):
+    """says(flag, ...) is what sample.py prints, without the line's end."""
+    def sample(*flags):
+        main(list(map(str, flags)))
+        return capsys.readouterr().out.removesuffix("\n")
+    return sample
+
+
+def test_the_same_seed_gives_the_same_text(says):
+    assert says("--prompt", "ab", "--seed", 1) == says("--prompt", "ab", "--seed", 1)
+    assert says("--prompt", "ab", "--seed", 1) != says("--prompt", "ab", "--seed", 2)
+
+
+def test_at_temperature_0_the_seed_does_not_matter(says):
+    greedy = ["--prompt", "ab", "--temperature", 0]
+    assert says(*greedy, "--seed", 1) == says(*greedy, "--seed", 2) == says(*greedy, "--top_k", 1)
+
+
+def test_the_text_begins_with_the_prompt(says):
+    assert says("--prompt", "déjà vu", "--max_new_tokens", 1).startswith("déjà vu")
+
+
+def test_half_a_character_waits_for_the_other_half():
+    euro = "€".encode()
+    assert spoken([[i] for i in euro] + [[97]]) == [[""], [""], ["€"], ["a"], [""]]
+
+
+def test_a_character_that_stays_incomplete_is_marked_at_the_end():
+    assert spoken([[0xE2]]) == [[""], ["\ufffd"]]
+
+
+def test_bytes_that_are_no_character_are_marked_and_the_text_goes_on():
+    assert "".join(grown[0] for grown in spoken([[0xFF], [97]])) == "\ufffda"
+
+
+def test_a_sample_ends_at_end_of_text_and_the_others_go_on():
+    script = [[97, 98], [256, 98], [97, 98], [97, 256], [97, 98]]
+    grown = spoken(script, num_samples=2)
+    assert ["".join(column) for column in zip(*grown, strict=True)] == ["a", "bbb"]
+    assert len(grown) == 5      # the last id was not asked for
+
+
+def test_an_empty_prompt_starts_from_end_of_text():
+    model = Script([[97]])
+    list(complete(model, get_tokenizer("bytes"), ""))
+    assert model.prompt == [[256]]
+
+
+def test_several_samples_are_one_batch_of_the_same_prompt(says):
+    model = Script([[97, 98, 99]])
+    list(complete(model, get_tokenizer("bytes"), "hi", num_samples=3))
+    assert model.prompt == [[104, 105]] * 3
+    first, second, third = says("--prompt", "ab", "--num_samples", 3).split("\n--- sample ", 2)
+    assert second.startswith("2 ---\nab") and third.startswith("3 ---\nab")
+    assert len({first, second.removeprefix("2 ---\n"), third.removeprefix("3 ---\n")}) == 3
+
+
+def test_text_appears_as_it_is_made(checkpoint, monkeypatch):
+    seen = []
+
+    class Terminal(io.StringIO):
+        def flush(self):
+            seen.append(self.getvalue())
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    main(["--prompt", "ab", "--max_new_tokens", "30", "--temperature", "0"])
+    assert seen[0] == "ab" and len(set(seen)) > 10
+    assert all(seen[-1].startswith(earlier) for earlier in seen)
+
+
+def test_the_prompt_can_come_from_a_file_or_standard_input(says, monkeypatch):
+    Path("prompt.txt").write_bytes("né\n".encode())
+    expected = says("--prompt", "né\n")
+    assert says("--prompt_file", "prompt.txt") == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("né\n".encode())))
+    assert says("--prompt_file", "-") == expected
+
+
+def test_a_prompt_longer_than_the_context_is_used_from_its_end_and_that_is_said(checkpoint, capsys):
+    def sample(prompt):
+        main(["--prompt", prompt, "--max_new_tokens", "5"])
+        return capsys.readouterr()
+
+    long, short = sample("x" * 30 + "sixteen letters!"), sample("sixteen letters!")
+    assert "the prompt has 46 ids: the model sees the last 16" in long.err and "ids" not in short.err
+    assert long.out == "x" * 30 + short.out
+
+
+def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, model, capsys):
+    Path("out/newer").mkdir()
+    gpt.save_checkpoint("out/newer/best.pt", model, {"data": {"tokenizer": "bytes"}})
+    os.utime(checkpoint, (1, 1))
+    main(["--max_new_tokens", "1"])
+    assert f"sampling from {Path('out/newer/best.pt')}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
+    (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or no checkpoint of this program"),
+    (["--prompt_file", "none.txt"], "No such file or directory: 'none.txt'"),
+    (["--prompt_file", "bad.txt"], "the prompt in bad.txt is not UTF-8 at byte 1"),
+    (["--prompt", "a", "--prompt_file", "b"], "argument --prompt_file: not allowed with argument --prompt"),
+    (["--temperature", "-1"], "argument --temperature: must be at least 0, not '-1'"),
+    (["--temperature", "nan"], "argument --temperature: must be at least 0, not 'nan'"),
+    (["--top_k", "0"], "argument --top_k: must be a whole number above 0, not '0'"),
+    (["--top_p", "0"], "argument --top_p: must be above 0 and at most 1, not '0'"),
+    (["--top_p", "1.1"], "argument --top_p: must be above 0 and at most 1, not '1.1'"),
+    (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 2^32 - 1, not '-1'"),
+    (["--device", "warp"], "there is no device warp here"),
+    (["--speed", "9"], "unrecognized arguments: --speed")])
+def test_a_mistake_is_told_in_one_line(fails, model, flags, says):
+    Path("text.pt").write_text("no checkpoint")
+    Path("bad.txt").write_bytes(b"a\xff")
+    fails(main, flags, says)
+
+
+def test_without_any_checkpoint_the_way_to_one_is_named(fails):
+    fails(main, [], "there is no out/*/best.pt: run train.py first, or name a file with --checkpoint")

@@ -1,0 +1,394 @@
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gpt
+import prepare
+import train
+from train import Batches, Windows, World, learning_rate, main, shuffled, update
+
+QUICK = ["--data", "data/text", "--model", "tiny", "--batch_size", "4", "--lr", "1e-2", "--dtype", "float32"]
+CPU = torch.device("cpu")
+
+
+def run(*flags, out="out/text"):
+    main([*QUICK, "--out", out, *map(str, flags)])
+    return gpt.load_checkpoint(f"{out}/last.pt")
+
+
+def log(out="out/text"):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b, tolerance=0.0):
+    return all(torch.allclose(x, y, atol=tolerance, rtol=0) for x, y in zip(
+        a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+def nothing(n):
+    """n ids that take no memory."""
+    return np.broadcast_to(np.uint16(0), n)
+
+
+@pytest.mark.parametrize("n, block_size, stride, windows", [
+    (185_517_137, 512, 256, 724_675), (20_613_016, 512, 256, 80_518), (17, 16, 16, 1), (32, 16, 16, 1),
+    (33, 16, 16, 2), (33, 16, 1, 17), (18, 16, 1, 2)])
+def test_how_many_windows_a_number_of_ids_has(n, block_size, stride, windows):
+    assert len(Windows(nothing(n), block_size, stride, 1)) == windows
+
+
+def test_a_window_is_inputs_and_the_ids_one_further_on_as_targets():
+    windows = Windows(np.arange(100, dtype=np.uint16), 4, 3, 100)
+    inputs, targets = windows.read([0, 2, len(windows) - 1], CPU)
+    assert inputs.tolist() == [[0, 1, 2, 3], [6, 7, 8, 9], [93, 94, 95, 96]]
+    assert targets.tolist() == [[1, 2, 3, 4], [7, 8, 9, 10], [94, 95, 96, 97]]
+    assert inputs.dtype == torch.int64
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
+def test_each_epoch_has_each_window_once_and_in_an_order_of_its_own(n):
+    order = shuffled(range(3 * n), n, seed=1).reshape(3, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in order)
+    if n >= 64:
+        assert len({tuple(epoch) for epoch in [*order, shuffled(range(n), n, seed=2)]}) == 4
+
+
+def test_the_order_looks_random():
+    n = 10_000
+    order = shuffled(range(n), n, seed=1)
+    assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.05
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
+    assert (np.diff(order) == 1).sum() < 10                     # a shuffle leaves 1 such pair, on average
+    first_half = np.sort(order[:n // 2])
+    assert np.abs(first_half - np.arange(n // 2) * 2).max() < 0.03 * n      # drawn evenly from everywhere
+
+
+def test_any_place_in_the_order_can_be_asked_for_first():
+    n = 10 ** 12
+    places = np.array([3 * n + 5, 7, n - 1])
+    assert shuffled(places, n, seed=1).tolist() == [shuffled([p], n, seed=1).item() for p in places]
+
+
+def world(rank=0, size=1):
+    world = World(CPU)
+    world.rank, world.size = rank, size
+    return world
+
+
+@pytest.mark.parametrize("size, batch_size", [(1, 12), (1, 3), (2, 6), (4, 3), (3, 2)])
+def test_ranks_and_micro_batches_only_slice_the_global_batch(size, batch_size):
+    windows = Windows(np.arange(1000, dtype=np.uint16), 4, 4, 1000)
+    for step in (0, 1, 50):
+        parts = [inputs for rank in range(size)
+                 for inputs, _ in Batches(windows, 12, batch_size, 1, world(rank, size))(step)]
+        assert all(part.shape == (batch_size, 4) for part in parts)
+        [(whole, _)] = Batches(windows, 12, 12, 1, world())(step)
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_an_epoch_of_steps_reads_each_window_once():
+    windows = Windows(np.arange(241, dtype=np.uint16), 4, 4, 1000)
+    batches = Batches(windows, 6, 6, 1, world())
+    first_ids = Counter(i for step in range(10) for i in batches(step)[0][0][:, 0].tolist())
+    assert batches.epochs(10) == 1.0
+    assert first_ids == Counter(range(0, 240, 4))
+
+
+# ----------------------------------------------------------------------------------------- optimization
+
+@pytest.mark.parametrize("schedule, step, rate", [
+    ("linear", 0, 6e-4 / 11), ("linear", 9, 6e-4 * 10 / 11), ("linear", 10, 6e-4), ("linear", 55, 3.3e-4),
+    ("linear", 99, 6e-5 + 5.4e-4 / 90), ("linear", 100, 6e-5),
+    ("cosine", 0, 6e-4 / 11), ("cosine", 10, 6e-4), ("cosine", 55, 3.3e-4), ("cosine", 100, 6e-5),
+    ("cosine", 99, 6e-5 + 5.4e-4 * (1 + math.cos(math.pi * 89 / 90)) / 2)])
+def test_the_learning_rate_schedule(schedule, step, rate):
+    assert learning_rate(step, 100, 10, 6e-4, 6e-5, schedule) == pytest.approx(rate)
+
+
+def test_without_warmup_the_learning_rate_starts_at_its_peak():
+    assert learning_rate(0, 100, 0, 6e-4, 0.0, "linear") == 6e-4
+
+
+def test_matrices_decay_and_vectors_do_not(tiny):
+    model = gpt.GPT(tiny)
+    decaying, others = train.make_optimizer(model, 0.1, CPU).param_groups
+    assert decaying["weight_decay"] == 0.1 and {p.dim() for p in decaying["params"]} == {2}
+    assert others["weight_decay"] == 0.0 and {p.dim() for p in others["params"]} == {1}
+    assert len(decaying["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def gradient_of_an_update(tiny, n_micro_batches, grad_clip=1e9):
+    """What one update by plain gradient descent at learning rate 1 takes from the weights; loss and norm."""
+    torch.manual_seed(0)
+    model = gpt.GPT(tiny)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    ids = torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(1))
+    micro_batches = [(part[:, :-1], part[:, 1:]) for part in ids.chunk(n_micro_batches)]
+    optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    loss, norm = update(model, optimizer, scaler, torch.autocast("cpu", enabled=False), micro_batches,
+                        lr=1.0, grad_clip=grad_clip)
+    after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    return before - after, loss.item(), norm.item()
+
+
+@pytest.mark.parametrize("n_micro_batches", [2, 4, 8])
+def test_micro_batches_give_the_gradient_and_the_loss_of_one_big_batch(tiny, n_micro_batches):
+    whole, loss, norm = gradient_of_an_update(tiny, 1)
+    parts, loss_of_parts, norm_of_parts = gradient_of_an_update(tiny, n_micro_batches)
+    assert torch.allclose(whole, parts, atol=1e-6)
+    assert loss == pytest.approx(loss_of_parts) and norm == pytest.approx(norm_of_parts)
+
+
+def test_gradients_are_clipped_to_a_norm_and_the_norm_before_is_reported(tiny):
+    gradient, _, norm = gradient_of_an_update(tiny, 1)
+    clipped, _, reported = gradient_of_an_update(tiny, 1, grad_clip=0.5)
+    assert norm == reported == pytest.approx(gradient.norm().item(), rel=1e-4) and norm > 0.5
+    assert torch.allclose(clipped, gradient * 0.5 / norm, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_default_dtype_on_a_cpu_is_bfloat16_where_it_has_units_for_it(monkeypatch, dtype):
+    abilities = {"avx512_bf16": dtype == torch.bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    assert train.choose_dtype(None, CPU) == dtype
+
+
+@pytest.mark.parametrize("capability, dtype", [
+    ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_the_default_dtype_on_a_gpu_is_bfloat16_from_compute_capability_8(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train.choose_dtype(None, torch.device("cuda")) == dtype
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(gpt.MODELS, "nano", gpt.MODELS["tiny"])
+    Path(data).rename("data/python")
+    main(["--max_steps", "1"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"training nano on cpu (no CUDA GPU is here), to {Path('out/python')}"
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_it_makes_exactly_so_many_updates(data, steps):
+    _, meta = run("--max_steps", steps)
+    assert meta["step"] == steps
+    assert {state["step"].item() for state in meta["optimizer"]["state"].values()} == {steps}
+
+
+def test_epochs_are_rounded_up_to_whole_steps(data):
+    windows = (1800 - 17) // 16 + 1
+    _, meta = run("--epochs", 2, "--global_batch_size", 32, "--eval_interval", 1000)
+    assert windows == 112 and meta["step"] == 7
+
+
+def test_it_learns(data):
+    run("--max_steps", 60, "--eval_interval", 30)
+    losses = [row["val_loss"] for row in log() if "val_loss" in row]
+    assert len(losses) == 2 and losses[1] < losses[0] < 0.8 * math.log(257)
+
+
+def test_the_log_has_a_row_for_each_interval_and_each_evaluation(data):
+    run("--max_steps", 6, "--log_interval", 2, "--eval_interval", 3)
+    rows = log()
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 6]
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
+    assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second",
+                            "seconds"}
+    assert set(rows[-1]) == {"step", "val_loss", "val_stderr", "bits_per_byte"}
+    # A byte is an id here, but for the end-of-text among the last 200 ids.
+    assert rows[-1]["bits_per_byte"] == pytest.approx(rows[-1]["val_loss"] / math.log(2) * 200 / 199)
+
+
+def test_the_logged_loss_is_the_mean_over_all_micro_batches(data):
+    run("--max_steps", 1, "--global_batch_size", 32)
+    run("--max_steps", 1, "--batch_size", 32, out="out/whole")
+    assert log()[0]["loss"] == pytest.approx(log("out/whole")[0]["loss"], rel=1e-6)
+
+
+def test_the_terminal_shows_loss_learning_rate_speed_time_left_and_a_sample(data, capsys):
+    run("--max_steps", 20, "--log_interval", 10, "--eval_batch_size", 4)
+    out = capsys.readouterr().out
+    assert re.search(r"^step 10/20 \| epoch 0\.36 \| loss \d\.\d{4} \| lr \d\.\d\de-0\d \| "
+                     r"[\d,]+ tokens/s \| \d+s left$", out, re.MULTILINE)
+    assert re.search(r"^step 20/20 \| validation loss \d\.\d{4} ± 0\.\d{4} \| \d\.\d{3} bits per byte\n"
+                     r"    \S", out, re.MULTILINE)
+
+
+def test_validation_is_the_mean_over_its_windows_and_knows_its_error(data, model):
+    windows = Windows(prepare.load_tokens(data, "val"), 16, 1, 257)
+    plain = torch.autocast("cpu", enabled=False)
+    with torch.no_grad():
+        losses = torch.stack([model(*windows.read([i], CPU)) for i in range(len(windows))]).double()
+    mean, error = train.evaluate(model, windows, len(windows), 1, plain, world())
+    assert mean == pytest.approx(losses.mean().item())
+    assert error == pytest.approx((losses.std() / len(losses) ** 0.5).item(), rel=1e-3)
+    assert train.evaluate(model, windows, len(windows), 7, plain, world())[0] == pytest.approx(mean)
+    few, _ = train.evaluate(model, windows, 4, 4, plain, world())
+    assert few == pytest.approx(losses[[0, 46, 92, 138]].mean().item()) and len(windows) == 184
+
+
+def test_evaluating_more_often_does_not_change_the_training(data):
+    often, _ = run("--max_steps", 6, "--dropout", 0.1, "--eval_interval", 1, out="out/often")
+    seldom, _ = run("--max_steps", 6, "--dropout", 0.1, out="out/seldom")
+    assert same_weights(often, seldom)
+
+
+def test_best_is_of_the_lowest_validation_loss_and_last_of_the_last_step(data):
+    run("--max_steps", 40, "--eval_interval", 10, "--lr", 0.3, "--schedule", "linear")
+    rows = [row for row in log() if "val_loss" in row]
+    _, meta = gpt.load_checkpoint("out/text/best.pt")
+    lowest = min(rows, key=lambda row: row["val_loss"])
+    assert meta["step"] == lowest["step"] and meta["best_val_loss"] == lowest["val_loss"]
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 40
+    assert "optimizer" not in meta
+
+
+def test_every_so_many_epochs_a_checkpoint_is_kept(data):
+    run("--epochs", 5, "--keep_epochs", 2, "--batch_size", 20)
+    kept = sorted(path.name for path in Path("out/text").glob("epoch_*.pt"))
+    assert kept == ["epoch_0002.pt", "epoch_0004.pt"]
+    assert [gpt.load_checkpoint(f"out/text/{name}")[1]["step"] for name in kept] == [12, 23]    # of 112 / 20
+
+
+def test_a_checkpoint_remembers_the_flags_and_the_data(data):
+    _, meta = run("--max_steps", 1)
+    assert meta["args"]["lr"] == 1e-2 and meta["data"] == prepare.load_meta(data)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(data, monkeypatch, dtype):
+    flags = ["--dtype", dtype, "--dropout", 0.1, "--global_batch_size", 8, "--max_steps", 6,
+             "--log_interval", 1, "--eval_interval", 4]
+    whole, meta = run(*flags, out="out/whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "epoch_to_keep", lambda self: 1 / (4 - self.step))     # dies after step 4
+        with pytest.raises(ZeroDivisionError):
+            run(*flags)
+    main(["--out", "out/text", "--resume"])
+    resumed, meta_of_resumed = gpt.load_checkpoint("out/text/last.pt")
+    assert same_weights(whole, resumed)
+    assert meta["scaler"] == meta_of_resumed["scaler"]
+    assert [row["loss"] for row in log() if "loss" in row] == [
+        row["loss"] for row in log("out/whole") if "loss" in row]
+
+
+def test_a_run_can_be_resumed_to_go_on_longer(data):
+    run("--max_steps", 3)
+    main(["--out", "out/text", "--resume", "--epochs", "1"])
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 28
+
+
+def test_float16_trains_with_a_loss_scale(data):
+    _, meta = run("--max_steps", 3, "--dtype", "float16", "--log_interval", 1)
+    assert [row["loss_scale"] for row in log() if "loss" in row] == [65536.0] * 3
+    assert meta["scaler"]["_growth_tracker"] == 3       # updates without an overflow
+    assert log()[2]["loss"] < log()[0]["loss"]
+
+
+def test_in_float16_a_gradient_that_overflows_is_skipped_and_halves_the_scale(data, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0 ** 40))
+    _, meta = run("--max_steps", 2, "--dtype", "float16", "--log_interval", 1)
+    assert [row["loss_scale"] for row in log() if "loss" in row] == [2.0 ** 39, 2.0 ** 38]
+    assert log()[0]["grad_norm"] is None            # infinite, which JSON cannot say
+    assert {state["step"].item() for state in meta["optimizer"]["state"].values()} == {0}
+
+
+def test_float16_is_close_to_float32(data):
+    run("--max_steps", 3, "--dtype", "float16", out="out/half")
+    run("--max_steps", 3, out="out/single")
+    assert log("out/half")[-1]["val_loss"] == pytest.approx(log("out/single")[-1]["val_loss"], abs=0.01)
+
+
+def test_curves_are_drawn_where_matplotlib_is_installed(data, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run("--max_steps", 3)
+    assert Path("out/text/curves.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)       # as if it were not
+    run("--max_steps", 3, out="out/without")
+    assert not Path("out/without/curves.png").exists()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_training_is_the_same_training(data):
+    compiled, _ = run("--max_steps", 3, "--compile", out="out/compiled")
+    plain, _ = run("--max_steps", 3, out="out/plain")
+    assert same_weights(compiled, plain, tolerance=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_it_trains_on_a_gpu(data, dtype):
+    run("--max_steps", 60, "--dtype", dtype, "--device", "cuda")
+    assert log()[-1]["val_loss"] < 0.8 * math.log(257)
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, says", [
+    (["--model", "gpt5"], "argument --model: invalid choice: 'gpt5'"),
+    (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+    (["--speed", "9"], "unrecognized arguments: --speed 9"),
+    (["--batch_size", "0"], "argument --batch_size: must be a whole number above 0, not '0'"),
+    (["--lr", "fast"], "argument --lr: must be a number above 0, not 'fast'"),
+    (["--lr", "nan"], "argument --lr: must be a number above 0, not 'nan'"),
+    (["--warmup", "1"], "argument --warmup: must be at least 0 and below 1, not '1'"),
+    (["--epochs", "1", "--max_steps", "1"], "argument --max_steps: not allowed with argument --epochs"),
+    (["--device", "warp"], "there is no device warp here"),
+    (["--data", "data/none"], "data/none has no prepared data (no meta.json): run prepare.py first"),
+    (["--global_batch_size", "6"], "--global_batch_size 6 is no multiple of 4 sequences (--batch_size) x 1"),
+    (["--block_size", "1000"], "200 ids are too few for a window of 1,001: prepare more text, or lower"),
+    (["--resume"], "there is no checkpoint out/none/last.pt")])
+def test_a_mistake_is_told_in_one_line(fails, data, flags, says):
+    fails(main, [*QUICK, "--out", "out/none", *flags], says)
+    assert not list(Path().glob("out/none/*.pt"))
+
+
+def test_a_dtype_that_does_not_run_on_the_device_is_refused(fails, data, monkeypatch):
+    def autocast(device_type, dtype, enabled):
+        if enabled:
+            raise RuntimeError(f"unsupported dtype {dtype}")
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    fails(main, [*QUICK, "--dtype", "float16"], "float16 does not run on this cpu: use --dtype float32")
+
+
+def test_an_id_outside_the_vocabulary_ends_the_run(fails, data):
+    ids = np.memmap("data/text/train.bin", prepare.ID, mode="r+")
+    ids[900] = 300
+    ids.flush()
+    fails(main, [*QUICK, "--epochs", 1],
+          "the data is damaged: it has id 300, and its vocabulary ends at 256: run prepare.py again")
+
+
+def test_an_earlier_run_is_not_overwritten(fails, data):
+    model, _ = run("--max_steps", 2)
+    fails(main, QUICK, "last.pt is of an earlier run: go on with it by --resume, or name another --out")
+    assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_a_checkpoint_that_cannot_be_read_cannot_be_resumed(fails, data, content):
+    Path("out/text").mkdir(parents=True)
+    Path("out/text/last.pt").write_bytes(content)
+    fails(main, [*QUICK, "--resume"], "last.pt is damaged, cut short, or no checkpoint of this program")
+
+
+def test_a_run_of_another_model_or_other_data_cannot_be_resumed(fails, data):
+    run("--max_steps", 2)
+    fails(main, [*QUICK, "--resume", "--block_size", 8], "block_size was 16 in that run, and is 8 now")
+    Path("text.txt").write_text("Other text. " * 100)
+    prepare.prepare(["text.txt"], data, "bytes")
+    fails(main, [*QUICK, "--resume"], "train was {'documents': 0, 'bytes': 1800, 'tokens': 1800} in that run")
