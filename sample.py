@@ -21,10 +21,15 @@ def choose_device(name=None):
     Raises UserError where this machine, or this PyTorch, does not have it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"there is no device {name} here: use --device cpu, or leave the flag out") from error
+        if device.type == "cuda":
+            there = (device.index or 0) < torch.cuda.device_count()     # takes no memory on the GPU
+        else:
+            there = torch.empty(1, device=device) is not None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = False
+    if not there:
+        raise UserError(f"there is no device {name} here: use --device cpu, or leave the flag out")
+    return device
 
 
 def complete(model, tokenizer, prompt, *, num_samples=1, max_new_tokens=200, temperature=0.8, top_k=50,

@@ -29,6 +29,10 @@ from prepare import Parser, UserError, count, duration, number, one_line_errors,
 from prepare import get_tokenizer, load_meta, load_tokens
 from sample import choose_device, complete
 
+# Flags that change a model of MODELS.
+SIZES = {"n_layer": "blocks", "n_head": "attention heads in each", "n_embd": "the width, C",
+         "block_size": "ids in a sequence", "dropout": "share of activations zeroed in training"}
+
 # What stands in for flags that are not given, where a model has a recipe of its own.
 DEFAULT_RECIPE = {"epochs": 20}
 RECIPES = {
@@ -331,9 +335,8 @@ class Run:
         self.args, self.world = args, world
         self.data = load_meta(args.data)
         self.tokenizer = get_tokenizer(self.data["tokenizer"])
-        config = MODELS[args.model]
-        config = replace(config, vocab_size=self.data["vocab_size"], dropout=args.dropout,
-                         block_size=args.block_size or config.block_size)
+        sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+        config = replace(MODELS[args.model], vocab_size=self.data["vocab_size"], **sizes)
         windows, self.val_windows = (
             Windows(load_tokens(args.data, split), config.block_size, args.stride or config.block_size,
                     config.vocab_size) for split in ("train", "val"))
@@ -438,9 +441,9 @@ def make_parser():
     add("--out", help="the folder to write (default: out/ and the name of the data folder)")
     add("--resume", action="store_true", help="go on from last.pt in the out folder, with its flags")
     add("--model", choices=MODELS, help="(default: gpt2-92m where there is a CUDA GPU, else nano)")
-    add("--block_size", type=count, help="ids in a sequence (default: the model's)")
+    for name, meaning in SIZES.items():
+        add(f"--{name}", type=share if name == "dropout" else count, help=f"{meaning} (default: the model's)")
     add("--stride", type=count, help="ids from one window to the next (default: block_size)")
-    add("--dropout", type=share, default=0.0, help="share of activations zeroed in training")
     add("--batch_size", type=count, default=16, help="sequences per process and micro-batch")
     add("--global_batch_size", type=count, help="sequences per step (default: batch_size x processes)")
     length = parser.add_mutually_exclusive_group()

@@ -1,11 +1,13 @@
 import gzip
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHAKESPEARE
+from conftest import ROOT, SHAKESPEARE
 
 import prepare
 from prepare import get_tokenizer, load_meta, load_tokens, main
@@ -157,6 +159,20 @@ def test_only_a_few_batches_are_read_ahead_of_the_encoder():
     results = prepare.in_order(lambda x: x * x, (read.append(i) or i for i in range(1000)), workers=2)
     assert next(results) == 0 and len(read) < 10
     assert list(results) == [i * i for i in range(1, 1000)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak memory in /proc")
+def test_memory_does_not_grow_with_the_corpus():
+    script = ("import prepare; prepare.prepare(['a.txt'], 'data/a', 'bytes'); "
+              "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
+    peaks = []
+    for megabytes in (10, 60):
+        with open("a.txt", "w") as file:
+            file.writelines("All work and no play makes Jack a dull boy\n" * 23_256 for _ in range(megabytes))
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)})
+        peaks.append(int(result.stdout) / 1024)
+    assert peaks[1] < peaks[0] + 25 and peaks[1] < 200      # MiB
 
 
 def test_preparing_again_replaces_the_data():

@@ -193,6 +193,11 @@ def test_epochs_are_rounded_up_to_whole_steps(data):
     assert windows == 112 and meta["step"] == 7
 
 
+def test_flags_change_the_sizes_of_a_model(data):
+    model, _ = run("--max_steps", 1, "--n_layer", 1, "--n_embd", 48, "--n_head", 3, "--block_size", 8)
+    assert model.config == gpt.GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=3, n_embd=48)
+
+
 def test_it_learns(data):
     run("--max_steps", 60, "--eval_interval", 30)
     losses = [row["val_loss"] for row in log() if "val_loss" in row]
@@ -346,6 +351,8 @@ def test_it_trains_on_a_gpu(data, dtype):
     (["--lr", "nan"], "argument --lr: must be a number above 0, not 'nan'"),
     (["--warmup", "1"], "argument --warmup: must be at least 0 and below 1, not '1'"),
     (["--epochs", "1", "--max_steps", "1"], "argument --max_steps: not allowed with argument --epochs"),
+    (["--n_embd", "33"], "n_embd must be divisible by n_head, and 33 is not by 2"),
+    (["--device", "cuda:99"], "there is no device cuda:99 here"),
     (["--device", "warp"], "there is no device warp here"),
     (["--data", "data/none"], "data/none has no prepared data (no meta.json): run prepare.py first"),
     (["--global_batch_size", "6"], "--global_batch_size 6 is no multiple of 4 sequences (--batch_size) x 1"),
