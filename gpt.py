@@ -5,14 +5,16 @@
                     training: the logits at t against the id at t + 1 --> loss  <---------+
                     sampling: the last logits --softmax--> one more id  <-----------------+
 
-    B  batch: sequences side by side         H  heads of attention
-    T  time: positions in a sequence         D  head size: H * D = C
-    C  channels: the width of the vector     S  positions a query can look back on: T, or more
-       that stands for one position             with a cache of earlier ones
+    B  batch: sequences side by side
+    T  time: positions in a sequence
+    C  channels: the width of the vector that stands for one position
+    H  heads of attention
+    D  head size: H * D = C
+    S  positions that a query can look at: T, or more when a cache holds earlier ones
     V  vocabulary: how many different ids there are
 
 Modules and weights have the names of OpenAI's release (wte: token embedding, wpe: position embedding,
-h: blocks, c_attn, c_fc, c_proj: linear layers), so that its weights need no renaming here.
+h: blocks; c_attn, c_fc, c_proj: linear layers), so its weights need no renaming here.
 
 Left out: training (train.py), text (prepare.py, sample.py), and all that came after GPT-2.
 """
@@ -29,14 +31,14 @@ import torch.nn.functional as F
 
 
 class ModelError(ValueError):
-    """What a user can get wrong about a model: sizes that do not fit, a file that holds no weights."""
+    """A model cannot be made: its sizes do not fit together, or its file cannot be read."""
 
 
 # ------------------------------------------------------------------------------------------------ sizes
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of one model. Raises ModelError where they do not fit together."""
+    """The sizes of one model. Raises ModelError if they do not fit together."""
     block_size: int = 1024      # the longest sequence it can read
     vocab_size: int = 50257     # ids it knows
     n_layer: int = 12           # blocks, one after the other
@@ -53,13 +55,14 @@ class GPTConfig:
             if type(value) is not int or value < 1:
                 raise ModelError(f"{name} must be a whole number above 0, not {value!r}")
         if self.n_embd % self.n_head:
-            raise ModelError(f"n_embd must be divisible by n_head, and {self.n_embd} is not by {self.n_head}")
+            raise ModelError(f"n_embd must be divisible by n_head, but {self.n_embd} is not by {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
 
 
 MODELS = {
     "nano": GPTConfig(block_size=256, vocab_size=257, n_layer=4, n_head=4, n_embd=192),
+    # Two T4s train this one in hours. Its head is untied, and its MLP half as wide as GPT-2's.
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
@@ -73,8 +76,8 @@ MODELS = {
 # kernel, which computes the same in fewer passes over memory and runs unless GPT(config, fused=False).
 
 class LayerNorm(nn.Module):
-    """Brings the C channels of each position to mean 0 and variance 1, then scales and shifts each channel
-    (Ba et al. 2016)."""
+    """Shifts and scales the C channels of each position to mean 0 and variance 1, then each channel by a
+    learned weight and bias (Ba et al. 2016)."""
     EPSILON = 1e-5
 
     def __init__(self, config, fused):
@@ -102,7 +105,7 @@ class KVCache:
         self.length = 0
 
     def append(self, k, v):
-        """Takes k and v of T new positions, (B, H, T, D), and gives those of all S so far, (B, H, S, D)."""
+        """Adds k and v of T new positions, (B, H, T, D); returns those of all S so far, (B, H, S, D)."""
         start, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, start:self.length] = k
         self.values[:, :, start:self.length] = v
@@ -135,7 +138,7 @@ class CausalSelfAttention(nn.Module):
         T, S, D = q.shape[2], k.shape[2], q.shape[3]
         dropout = self.dropout if self.training else 0.0
         if self.fused:
-            # A cache grows from empty, or by one position: so the queries are all S positions, or the last.
+            assert T == S or T == 1     # the cache was empty, or gets one position: there is nothing to mask
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         scores = q @ k.transpose(2, 3) / math.sqrt(D)                       # (B, H, T, D) -> (B, H, T, S)
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
@@ -158,7 +161,7 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(x), self.dropout, self.training)       # -> (B, T, C)
 
     def gelu(self, x):
-        """x times the share of a normal distribution below x, its tanh form (Hendrycks and Gimpel 2016)."""
+        """x * P(N < x) for a standard normal N, in its tanh approximation (Hendrycks and Gimpel 2016)."""
         if self.fused:
             return F.gelu(x, approximate="tanh")
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
@@ -185,31 +188,33 @@ class Block(nn.Module):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum over N rows of -log softmax(x @ weight.T)[target], without ever holding all N * V logits: they
-    are made, used and dropped some rows at a time.
+    are computed, used and dropped a few rows at a time.
 
-    The gradient with respect to a row's logits is softmax(logits) - onehot(target), known as soon as they
-    are. So forward computes the gradients of x and weight too, and backward only scales them by what comes
-    from above.
+    The gradient with respect to a row's logits is softmax(logits) - onehot(target), which is known as soon as
+    the logits are. So forward computes the gradients of x and weight as well, and backward only multiplies
+    them by the incoming gradient.
     """
     LOGITS_AT_ONCE = 2 ** 25    # 128 MiB in float32
+    ROWS_AT_ONCE = 2048         # keeps the sums of grad_logits.T @ x far from float16's limit of 65,504
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):
-        """x (N, C), weight (padded V, C), targets (N,); ids from vocab_size on are padding."""
+        """x (N, C), weight (padded V, C), targets (N,) -> a scalar. Ids from vocab_size on are padding."""
         loss = torch.zeros((), device=x.device)
         if with_gradients:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        rows_at_once = max(1, LinearCrossEntropy.LOGITS_AT_ONCE // weight.shape[0])
-        for start in range(0, x.shape[0], rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            target = targets[rows].unsqueeze(1)                             # (rows,) -> (rows, 1)
+        n_rows = max(1, min(LinearCrossEntropy.ROWS_AT_ONCE,
+                            LinearCrossEntropy.LOGITS_AT_ONCE // weight.shape[0]))
+        for start in range(0, x.shape[0], n_rows):
+            rows = slice(start, start + n_rows)
             logits = F.linear(x[rows], weight).float()                      # (rows, C) -> (rows, padded V)
-            logits[:, vocab_size:] = -math.inf                              # no probability for padding
+            logits[:, vocab_size:] = -math.inf                              # padding gets no probability
             log_softmax = F.log_softmax(logits, dim=1)
-            loss -= log_softmax.gather(1, target).sum()
+            target = torch.arange(len(logits), device=x.device), targets[rows]
+            loss -= log_softmax[target].sum()
             if with_gradients:
                 grad_logits = log_softmax.exp()
-                grad_logits.scatter_add_(1, target, -torch.ones_like(grad_logits[:, :1]))
+                grad_logits[target] -= 1
                 grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
                 grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
         if with_gradients:
@@ -225,10 +230,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------ model
 
 class GPT(nn.Module):
-    """model(ids) gives the logits, model(ids, targets) the mean loss, model.generate(ids, n) n next ids.
+    """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) yields n next ids.
 
-    Inside, the vocabulary is padded to a multiple of 64, which matrix units are fast at. The padding gets
-    no probability: it is never sampled and adds nothing to a loss, nor is it counted or exported.
+    Inside, the vocabulary is padded to a multiple of 64, a size that matrix units are fast at. The padding
+    gets no probability: it is never sampled and adds nothing to a loss, nor is it counted or exported.
     """
 
     def __init__(self, config, fused=True):
@@ -244,8 +249,8 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As GPT-2: normal with deviation 0.02, biases 0. The 2 * n_layer layers that add to the residual
-        stream start smaller, so that the sum does not grow with depth (Radford et al. 2019)."""
+        """Weights are normal with standard deviation 0.02, biases 0. The 2 * n_layer layers that add to the
+        residual stream start smaller, so that their sum does not grow with depth (Radford et al. 2019)."""
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -256,17 +261,17 @@ class GPT(nn.Module):
 
     @property
     def head(self):
-        """The matrix that turns what the last block gives into logits, (padded V, C)."""
+        """The matrix that turns the output of ln_f into logits, (padded V, C)."""
         return self.wte.weight if self.config.tied else self.lm_head.weight
 
     def num_params(self):
-        """How many numbers training can change, without those of the vocabulary's padding."""
+        """The number of parameters, not counting the padding of the vocabulary."""
         padding = (self.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding * (1 if self.config.tied else 2)
 
     def forward(self, ids, targets=None):
-        """ids (B, T) -> logits (B, T, V). With targets (B, T), the ids one further on: -> the mean
-        cross-entropy, a scalar, in nats per id. Raises ValueError where T is above block_size."""
+        """ids (B, T) -> logits (B, T, V). With targets (B, T), the id that follows each position: -> the mean
+        cross-entropy in nats per id, a scalar. Raises ValueError if T is above block_size."""
         x = self.hidden(ids)
         if targets is None:
             return F.linear(x, self.head)[..., :self.config.vocab_size]     # (B, T, C) -> (B, T, V)
@@ -275,7 +280,8 @@ class GPT(nn.Module):
         return total / targets.numel()
 
     def hidden(self, ids, caches=None):
-        """ids (B, T) -> what the head reads, (B, T, C). With caches, one a layer, ids follow those in it."""
+        """ids (B, T) -> (B, T, C), what the head reads. With caches, one per layer, ids continue what they
+        hold."""
         start = caches[0].length if caches else 0
         end = start + ids.shape[1]
         if end > self.config.block_size:
@@ -290,13 +296,13 @@ class GPT(nn.Module):
     def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, generator=None):
         """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times.
 
-        Temperature 0 takes the likeliest id (greedy). Above, an id is drawn, by the torch.Generator, from
-        softmax(logits / temperature), cut down to the top_k likeliest ids (Fan et al. 2018) and to the
-        fewest that have top_p of the probability together (nucleus sampling, Holtzman et al. 2019).
+        Temperature 0 takes the likeliest id (greedy). Otherwise the id is drawn, with the torch.Generator,
+        from softmax(logits / temperature), restricted to the top_k likeliest ids (Fan et al. 2018) and to the
+        fewest ids whose probabilities add up to top_p (nucleus sampling, Holtzman et al. 2019).
 
-        An id depends on all before it while they fit into block_size. When they no longer do, the last
-        block_size // 2 are read anew, from position 0, and it goes on from there: so it always depends on
-        at least those. Of a prompt longer than block_size only the end counts.
+        Each id depends on all ids before it, until they fill block_size. Then the cache is dropped, the last
+        block_size // 2 ids are read again from position 0, and generation continues from there: so an id
+        always depends on at least that many. Of a longer prompt only the last block_size ids count.
         """
         assert temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
         block_size = self.config.block_size
@@ -312,44 +318,44 @@ class GPT(nn.Module):
             next_ids = pick(logits.float(), temperature, top_k, top_p, generator)
             yield next_ids
             unread = next_ids.unsqueeze(1)                                  # (B,) -> (B, 1)
-            context = torch.cat([context, unread], dim=1)
+            context = torch.cat([context, unread], dim=1)[:, -block_size:]
 
     @classmethod
     def from_pretrained(cls, folder):
-        """The model in a folder as Hugging Face lays GPT-2 out (config.json, model.safetensors), on the CPU
-        in evaluation mode. Raises ModelError where a file is missing, or is of another architecture. Needs
+        """Loads a GPT-2 folder in Hugging Face's layout (config.json, model.safetensors) onto the CPU, in
+        evaluation mode. Raises ModelError if a file is missing or damaged, or the model is not a GPT-2. Needs
         the package safetensors."""
         from safetensors.torch import load_file
-        config_path, weights_path = Path(folder, "config.json"), Path(folder, "model.safetensors")
-        for path in (config_path, weights_path):
-            if not path.is_file():
-                raise ModelError(f"there is no {path}: {folder} must be as Hugging Face lays a model out")
-        config = config_from_hugging_face(json.loads(config_path.read_text(encoding="utf-8")))
+        try:
+            values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            found = load_file(Path(folder, "model.safetensors"))
+        except Exception as error:
+            raise ModelError(f"{folder} has no config.json and model.safetensors that can be read") from error
+        found = {name.removeprefix("transformer."): weight for name, weight in found.items()}
+        config = config_from_hugging_face(values, bias="ln_f.bias" in found)
         with torch.device("meta"):
             model = cls(config)
-        found = load_file(weights_path)
-        found = {name.removeprefix("transformer."): weight for name, weight in found.items()}
         weights = {}
         for name, ours in model.state_dict().items():
             if name not in found:
-                raise ModelError(f"{weights_path} has no {name}")
+                raise ModelError(f"{folder}: the weight {name} is missing")
             weight = found[name].T.contiguous() if is_transposed(name) else found[name]
-            if is_padded(name):
+            if has_row_per_id(name):
                 weight = F.pad(weight, (0, 0, 0, ours.shape[0] - config.vocab_size))
             if weight.shape != ours.shape:
-                raise ModelError(f"{weights_path} does not fit its config.json: {name} is "
-                                 f"{tuple(weight.shape)}, and must be {tuple(ours.shape)}")
+                raise ModelError(f"{folder}: the weight {name} has shape {tuple(weight.shape)}, but by "
+                                 f"config.json it must have {tuple(ours.shape)}")
             weights[name] = weight
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Writes what transformers.GPT2LMHeadModel.from_pretrained(folder) reads, with equal logits. Needs
+        """Writes a folder that transformers.GPT2LMHeadModel.from_pretrained loads, with equal logits. Needs
         the package safetensors."""
         from safetensors.torch import save_file
         weights = {}
         for name, weight in self.state_dict().items():
-            weight = weight[:self.config.vocab_size] if is_padded(name) else weight
+            weight = weight[:self.config.vocab_size] if has_row_per_id(name) else weight
             weight = weight.T if is_transposed(name) else weight
             weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight.contiguous()
         os.makedirs(folder, exist_ok=True)
@@ -359,18 +365,18 @@ class GPT(nn.Module):
 
 
 def pick(logits, temperature, top_k, top_p, generator):
-    """One id for each row of logits, (B, V) -> (B,). The options are those of GPT.generate."""
+    """Chooses one id for each row of logits, (B, V) -> (B,). The options are those of GPT.generate."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: no overflow
     if top_k is not None and top_k < logits.shape[1]:
         least = logits.topk(top_k).values[:, -1:]                           # (B, V) -> (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         falling, order = probabilities.sort(dim=-1, descending=True)
-        likelier = falling.cumsum(-1) - falling                             # all that the ids before it have
-        falling[likelier >= top_p] = 0
+        mass_before = falling.cumsum(-1) - falling                          # of all likelier ids together
+        falling[mass_before >= top_p] = 0
         probabilities = torch.zeros_like(falling).scatter(1, order, falling)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
@@ -378,8 +384,8 @@ def pick(logits, temperature, top_k, top_p, generator):
 # -------------------------------------------------------------------------------------- weights on disk
 
 def save_checkpoint(path, model, meta):
-    """Writes model and meta, a dictionary of tensors and plain values. At every moment `path` is the old
-    file or the new one, whole."""
+    """Writes a model and meta, a dictionary of tensors and plain values. At any moment, path is either the
+    complete old file or the complete new one."""
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
         torch.save({"config": asdict(model.config), "model": model.state_dict(), "meta": meta}, file)
@@ -389,8 +395,8 @@ def save_checkpoint(path, model, meta):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, (model, meta), on the CPU, the model in evaluation mode. No code from the
-    file is run. Raises ModelError where there is none, or it is damaged or not one of ours."""
+    """Returns what save_checkpoint wrote, (model, meta), on the CPU, the model in evaluation mode. Runs no
+    code from the file. Raises ModelError if there is no such file, or it is damaged or not a checkpoint."""
     if not os.path.isfile(path):
         raise ModelError(f"there is no checkpoint {path}")
     try:
@@ -399,17 +405,19 @@ def load_checkpoint(path):
             model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["model"], assign=True)
         return model.eval(), content["meta"]
-    except Exception as error:      # in a file from outside anything can be wrong, and is the file's fault
-        raise ModelError(f"{path} is damaged, cut short, or no checkpoint of this program") from error
+    except OSError:
+        raise
+    except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
+        raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error
 
 
-def is_padded(name):
-    """Whether a weight has a row for each id of the vocabulary."""
+def has_row_per_id(name):
+    """Whether a weight has one row for each id of the vocabulary."""
     return name in ("wte.weight", "lm_head.weight")
 
 
 def is_transposed(name):
-    """Whether Hugging Face has a weight as (in, out), as OpenAI's release does, and not as (out, in)."""
+    """Whether Hugging Face, like OpenAI's release, stores a weight as (in, out) instead of (out, in)."""
     return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
 
 
@@ -429,12 +437,12 @@ def config_to_hugging_face(config):
             "attn_pdrop": config.dropout, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
 
 
-def config_from_hugging_face(values):
+def config_from_hugging_face(values, bias):
     for name, value in HUGGING_FACE_ARCHITECTURE.items():
         if values.get(name, value) != value:
-            raise ModelError(f"config.json has {name} {values[name]!r}, and GPT-2 has {value!r}")
+            raise ModelError(f"config.json: {name} is {values[name]!r}, but GPT-2 has {value!r}")
     sizes = {ours: values[theirs] for ours, theirs in HUGGING_FACE_NAMES.items() if theirs in values}
     mlp_ratio, rest = divmod(values.get("n_inner") or 4 * sizes["n_embd"], sizes["n_embd"])
     if rest:
-        raise ModelError(f"config.json has n_inner {values['n_inner']}, no multiple of n_embd")
-    return GPTConfig(**sizes, mlp_ratio=mlp_ratio)
+        raise ModelError(f"config.json: n_inner {values['n_inner']} is not a multiple of n_embd")
+    return GPTConfig(**sizes, mlp_ratio=mlp_ratio, bias=bias)

@@ -4,15 +4,15 @@
     python prepare.py books/ more.txt --name books      text files, with GPT-2's tokenizer
     python prepare.py crawl.jsonl.gz --sample_size 100_000
 
-A .txt file is one document, a .jsonl file has one on each line, under "text". Either may be .gz. A folder
-stands for all such files below it.
+A .txt file is one document; a .jsonl file has one per line, under "text". Both may be compressed (.gz). A
+folder stands for all such files below it.
 
 train.bin and val.bin are raw little-endian uint16 ids without a header: the documents one after the other,
-each followed by <|endoftext|>, cut in two where the last --val_fraction of the ids begins. meta.json says
-what is in them and is written last: a folder that has one is whole.
+each followed by <|endoftext|>. The last --val_fraction of all ids is val.bin. meta.json describes them and is
+written last: a folder that has one is complete.
 
-The reader of these files, load_tokens, stands here too, and so do the tokenizers and what the command lines
-of the three programs share. Left out: shuffling (train.py does it while reading), cleaning, deduplication.
+load_tokens, which reads these files, is here too, and so are the tokenizers and the command-line helpers that
+train.py and sample.py share. Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
 
 import argparse
@@ -36,31 +36,31 @@ import tiktoken
 
 TOKENIZERS = ("gpt2", "bytes")
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-FORMAT = 1                      # of the files, raised when it changes
+FORMAT = 1                      # version of the files
 ID = np.dtype("<u2")            # an id on disk: little-endian uint16
-BLOCK = 2 ** 20                 # bytes read, and characters handed to a core, at a time
+CHUNK = 2 ** 20                 # how many bytes are read, or characters encoded, at a time
 
 
 class UserError(ValueError):
-    """A mistake that is the user's to mend; its message says in one line how."""
+    """A mistake of the user's. The message says in one line what is wrong and what to do."""
 
 
 # ---------------------------------------------------------------------------------------- command lines
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with the defaults in the help and a mistake told in one line."""
+    """argparse, but the help shows each default, and a mistake takes one line."""
 
     def add_argument(self, *names, **options):
-        if options.get("default") not in (None, "", argparse.SUPPRESS):
+        if options.get("default") not in (None, argparse.SUPPRESS):
             options["help"] += " (default: %(default)s)"
         return super().add_argument(*names, **options)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {message} (see --help)\n")
 
 
 def number(kind, fits, description):
-    """A type for add_argument: an int or float that `fits` accepts. The description is for the error."""
+    """Makes a type for add_argument: an int or float for which fits(value) holds."""
     def parse(text):
         try:
             value = kind(text)
@@ -79,16 +79,19 @@ seed = number(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 
 
 @contextmanager
 def one_line_errors(*kinds):
-    """Exceptions of these kinds end the program with one line and exit status 2."""
+    """Ends the program on an exception of these kinds with one line and exit status 2, on Ctrl-C with 130."""
     try:
         yield
     except kinds as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def duration(seconds):
-    """75 -> "1m15s", for people."""
+    """75 -> "1m15s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
@@ -97,8 +100,8 @@ def duration(seconds):
 # ------------------------------------------------------------------------------------------- tokenizers
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "gpt2" (50,257 ids, downloaded once by tiktoken) or "bytes" (the 256 bytes and
-    <|endoftext|>). Raises UserError where the name is another, or the vocabulary cannot be had."""
+    """Returns a tiktoken.Encoding: "gpt2" (50,257 ids; tiktoken downloads it once) or "bytes" (256 bytes and
+    <|endoftext|>). Raises UserError for any other name, or if the download fails."""
     if name == "bytes":
         return tiktoken.Encoding(
             "bytes", pat_str="(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
@@ -107,18 +110,18 @@ def get_tokenizer(name):
         raise UserError(f"there is no tokenizer {name!r}, only {' and '.join(TOKENIZERS)}")
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:      # no connection; not the bytes that tiktoken expects
+    except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
         raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
-                        "folder that has it, or use --tokenizer bytes, which needs none") from error
+                        "folder that has it, or use --tokenizer bytes, which needs no download") from error
 
 
 def encode(tokenizer, pieces):
-    """The ids, uint16, of a list of (text, whether it ends its document)."""
+    """Encodes a list of (text, whether the document ends here). Returns the ids, uint16."""
     ids = []
     for text, ends_document in pieces:
         try:
             ids.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
-        except UnicodeEncodeError:      # JSON can hold half a surrogate pair, which is no character
+        except UnicodeEncodeError:      # JSON may contain half a surrogate pair, which is not a character
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
         if ends_document:
@@ -129,36 +132,41 @@ def encode(tokenizer, pieces):
 # -------------------------------------------------------------------------------------------- documents
 
 def find_files(source):
-    """The files that a SOURCE stands for, sorted. Raises UserError where there are none."""
+    """Returns the files that a SOURCE stands for, sorted. Raises UserError if there are none."""
     path = Path(source)
     if source == "python":
         root = Path(sysconfig.get_path("stdlib"))
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-        return sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        return sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts))
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        files = sorted(file for file in path.rglob("[!.]*") if is_text(file) and file.is_file())
         if not files:
-            raise UserError(f"{source} has no file below it that ends in {', '.join(SUFFIXES)}")
+            raise UserError(f"{source} contains no file that ends in {', '.join(SUFFIXES)}")
         return files
     if not path.exists():
         raise UserError(f"there is no {source}: a SOURCE is a file, a folder, or python")
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{source} must end in one of {', '.join(SUFFIXES)}, to say how to read it")
+    if not is_text(path):
+        raise UserError(f"{source} must end in one of {', '.join(SUFFIXES)}, which says how to read it")
     return [path]
 
 
+def is_text(path):
+    return path.name.lower().endswith(SUFFIXES)
+
+
 def read_pieces(files, progress):
-    """Yields (text, whether it ends its document) in order, a block of a file in memory at a time."""
+    """Yields (text, whether the document ends here), in order, with little of a file in memory at a time."""
     for path in files:
+        name = path.name.lower()
+        read = read_jsonl if name.removesuffix(".gz").endswith(".jsonl") else read_text
         with open(path, "rb") as raw:
-            file = gzip.open(raw) if path.suffix == ".gz" else raw
-            read = read_jsonl if ".jsonl" in path.suffixes[-2:] else read_text
+            file = gzip.open(raw) if name.endswith(".gz") else raw
             try:
                 for text, ends_document in read(file, path):
                     yield text, ends_document
                     progress.advance(raw.tell(), ends_document)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{path} is damaged, or no gzip file ({error})") from error
+                raise UserError(f"{path} is damaged or not a gzip file ({error})") from error
         progress.finish_file(path)
 
 
@@ -166,7 +174,7 @@ def read_text(file, path):
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, text = 0, ""
     try:
-        while block := file.read(BLOCK):
+        while block := file.read(CHUNK):
             offset += len(block)
             text += decoder.decode(block)
             cut = last_cut(text)
@@ -180,25 +188,26 @@ def read_text(file, path):
 
 
 def last_cut(text):
-    """The last place to cut text in two without changing its GPT-2 ids: after anything but white space and
-    before a space or newline, where the tokenizer's pattern always ends a word. If there is none, the end."""
+    """Returns the last position at which text can be cut in two without changing its GPT-2 ids: between
+    anything but white space and a space or newline, where the tokenizer always ends a word. If there is no
+    such position, returns the end."""
     places = range(len(text) - 1, 0, -1)
     return next((i for i in places if text[i] in " \n" and not text[i - 1].isspace()), len(text))
 
 
 def read_jsonl(file, path):
     offset = 0
-    for number, line in enumerate(file, start=1):
+    for line_number, line in enumerate(file, start=1):
         try:
-            text = json.loads(line.decode("utf-8"))["text"] if line.strip() else ""
+            text = json.loads(line.decode("utf-8").lstrip("\ufeff"))["text"] if line.strip() else ""
         except UnicodeDecodeError as error:
             raise not_utf8(path, offset + error.start) from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-        except (KeyError, TypeError, IndexError):
+            raise UserError(f"{path}, line {line_number} is not JSON") from error
+        except (KeyError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise UserError(f'{path}, line {number} has no "text": each line must be like {{"text": "..."}}')
+            raise UserError(f'{path}, line {line_number} has no "text": lines must be like {{"text": "..."}}')
         if text:
             yield text, True
         offset += len(line)
@@ -217,19 +226,19 @@ def first_documents(pieces, limit):
 
 
 class Progress:
-    """How far the reading is: on a terminal one line that changes, elsewhere a line every ten seconds."""
+    """Reports how much has been read: on a terminal in one changing line, else a line every ten seconds."""
 
     def __init__(self, files, sample_size):
         self.sample_size = sample_size
         self.total = sum(path.stat().st_size for path in files)
         self.finished = self.documents = 0
         self.terminal = sys.stderr.isatty()
-        self.started = self.shown = time.monotonic()
+        self.started = self.shown = time.perf_counter()
 
     def advance(self, position, ends_document):
-        """The reader is at this byte of the current file, and may have come to the end of a document."""
+        """Notes that the reader is at this byte of the current file, and whether a document has ended."""
         self.documents += ends_document
-        now = time.monotonic()
+        now = time.perf_counter()
         if now - self.shown < (0.2 if self.terminal else 10):
             return
         self.shown = now
@@ -250,9 +259,9 @@ class Progress:
 # ------------------------------------------------------------------------------------------ token files
 
 def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1, workers=None):
-    """Encodes the first sample_size documents of the sources (None: all) into folder and returns its meta.
-    The result does not depend on workers, the number of threads (None: one a core). Raises UserError where a
-    source is at fault, and then leaves folder as it was."""
+    """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
+    The result does not depend on workers, the number of threads (None: one per core). Raises UserError if
+    something is wrong with a source; the folder is then left as it was."""
     files = [file for source in sources for file in find_files(source)]
     tokenizer = get_tokenizer(tokenizer_name)
     progress = Progress(files, sample_size)
@@ -270,7 +279,7 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
         move_tail(train, val, int(train.stat().st_size // ID.itemsize * (1 - val_fraction)))
         meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab,
                 "train": statistics(train, tokenizer), "val": statistics(val, tokenizer)}
-        if not meta["val"]["tokens"]:
+        if not meta["train"]["tokens"] + meta["val"]["tokens"]:
             raise UserError(f"there is no text in {', '.join(sources)}")
         meta_json.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
@@ -282,12 +291,12 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
 
 
 def batches(pieces):
-    """Groups pieces into lists of a BLOCK of characters or more: worth a core's while, however short each."""
+    """Groups pieces into lists of about CHUNK characters, so that short documents, too, keep a core busy."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[0])
-        if size >= BLOCK:
+        if size >= CHUNK:
             yield batch
             batch, size = [], 0
     if batch:
@@ -295,8 +304,8 @@ def batches(pieces):
 
 
 def in_order(function, items, workers):
-    """map(function, items) on several threads, which read only a few items ahead. Threads suffice to use all
-    cores: tiktoken releases Python's lock while it encodes."""
+    """Like map(function, items), but on several threads, and items are read only a few ahead. Threads do use
+    all cores: tiktoken releases Python's global lock while it encodes."""
     workers = workers or os.cpu_count()
     with ThreadPoolExecutor(workers) as pool:
         pending = deque()
@@ -309,7 +318,7 @@ def in_order(function, items, workers):
 
 
 def move_tail(path, tail_path, n_ids):
-    """Leaves the first n_ids in path and moves the others to tail_path."""
+    """Moves all but the first n_ids of a token file to another file."""
     with open(path, "rb+") as file, open(tail_path, "wb") as tail:
         file.seek(n_ids * ID.itemsize)
         shutil.copyfileobj(file, tail)
@@ -317,22 +326,22 @@ def move_tail(path, tail_path, n_ids):
 
 
 def statistics(path, tokenizer):
-    """How many documents end in a token file, how many bytes of text it stands for, how many ids it has."""
+    """Counts the documents that end in a token file, the bytes of text that it encodes, and its ids."""
     bytes_of = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     bytes_of[tokenizer.eot_token] = 0
     times = np.zeros(tokenizer.n_vocab, dtype=np.int64)
     with open(path, "rb") as file:
-        while len(ids := np.fromfile(file, ID, BLOCK)):
+        while len(ids := np.fromfile(file, ID, CHUNK)):
             times += np.bincount(ids, minlength=tokenizer.n_vocab)
     return {"documents": int(times[tokenizer.eot_token]), "bytes": int(times @ bytes_of),
             "tokens": int(times.sum())}
 
 
 def load_meta(folder):
-    """The meta.json of a data folder, a dictionary. Raises UserError where it is missing or damaged."""
+    """Returns the meta.json of a data folder, a dictionary. Raises UserError if it is missing or damaged."""
     path = Path(folder, "meta.json")
     if not path.is_file():
-        raise UserError(f"{folder} has no prepared data (no meta.json): run prepare.py first")
+        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py first")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         numbers = [meta["vocab_size"], *(meta[split][unit] for split in ("train", "val")
@@ -347,13 +356,13 @@ def load_meta(folder):
 
 
 def load_tokens(folder, split):
-    """The ids of a data folder's "train" or "val": a read-only uint16 array, mapped into memory, not read.
-    Raises UserError where the file is not as meta.json says."""
+    """Returns the ids of a data folder's "train" or "val" split: a read-only uint16 array that is mapped into
+    memory, not read. Raises UserError if the file is not as long as meta.json says."""
     path = Path(folder, f"{split}.bin")
     expected = load_meta(folder)[split]["tokens"] * ID.itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != expected:
-        raise UserError(f"{path} has {size:,} bytes, and by its meta.json {expected:,}: run prepare.py again")
+        raise UserError(f"{path} has {size:,} bytes, but meta.json says {expected:,}: run prepare.py again")
     return np.memmap(path, ID, mode="r") if size else np.empty(0, ID)
 
 
@@ -361,33 +370,35 @@ def load_tokens(folder, split):
 
 def default_name(source):
     """books/ -> books, crawl.jsonl.gz -> crawl"""
-    name = Path(source).resolve().name
+    name = os.path.basename(os.path.abspath(source))
     for suffix in (".gz", ".txt", ".jsonl"):
         name = name.removesuffix(suffix)
-    return name
+    return name or "text"
 
 
 def main(argv=None):
     parser = Parser(description="Turn text into the token files that train.py reads.")
-    parser.add_argument("sources", nargs="*", default=["python"], metavar="SOURCE",
-                        help=f"a file ({', '.join(SUFFIXES)}), a folder, or python: the standard library")
-    parser.add_argument("--name", help="write data/NAME (default: after the first SOURCE)")
-    parser.add_argument("--tokenizer", choices=TOKENIZERS, help="(default: bytes for python, else gpt2)")
-    parser.add_argument("--sample_size", type=count, metavar="N", help="take the first N documents only")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE",
+                        help=f"files ({', '.join(SUFFIXES)}), folders, or python: this Python's standard "
+                        "library (default: python)")
+    parser.add_argument("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, help="(default: bytes for python, otherwise gpt2)")
+    parser.add_argument("--sample_size", type=count, metavar="N", help="take only the first N documents")
     parser.add_argument("--val_fraction", type=number(float, lambda x: 0 < x < 1, "above 0 and below 1"),
                         default=0.1, help="share of the ids, at the end, that is kept for validation")
     args = parser.parse_args(argv)
 
-    folder = Path("data", args.name or default_name(args.sources[0]))
-    tokenizer_name = args.tokenizer or ("bytes" if args.sources == ["python"] else "gpt2")
-    started = time.monotonic()
+    sources = args.sources or ["python"]
+    folder = Path("data", args.name or default_name(sources[0]))
+    tokenizer_name = args.tokenizer or ("bytes" if sources == ["python"] else "gpt2")
+    started = time.perf_counter()
     with one_line_errors(UserError, OSError):
-        meta = prepare(args.sources, folder, tokenizer_name, args.sample_size, args.val_fraction)
-    seconds = time.monotonic() - started
+        meta = prepare(sources, folder, tokenizer_name, args.sample_size, args.val_fraction)
+    seconds = time.perf_counter() - started
     documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
-    print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} ids to train on and "
+    print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} ids for training and "
           f"{meta['val']['tokens']:,} for validation, tokenizer {tokenizer_name}")
-    print(f"{duration(seconds)}, {tokens / seconds / 1e6:.1f} million ids a second")
+    print(f"{duration(seconds)}, {tokens / seconds:,.0f} ids/s")
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ def test_two_ranks_report_the_losses_of_one_process_and_once(runs):
         assert one["step"] == two["step"] and one[loss] == pytest.approx(two[loss], abs=1e-5)
     one, two = ([line.split("|")[0] for line in run.stdout.splitlines() if "|" in line] for run in runs)
     assert one == two
-    assert "4 sequences x 2 processes x 1 micro-batches = 256 ids" in runs[1].stdout
+    assert "2 processes x 1 micro-batches x 4 windows = 256 ids" in runs[1].stdout
 
 
 def test_two_ranks_end_on_a_users_mistake_without_a_traceback_of_ours(data):
-    result = train(2, "--batch_size", 3, "--global_batch_size", 8)
+    result = train(2, "--global_batch_size", 7)
     assert result.returncode != 0
-    assert "error: --global_batch_size 8 is no multiple of 3 sequences (--batch_size) x 2" in result.stderr
+    assert "error: --global_batch_size 7 is not a multiple of 2, the number of processes" in result.stderr
     assert "train.py\", line" not in result.stderr

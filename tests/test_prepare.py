@@ -50,7 +50,7 @@ def test_decoding_the_files_gives_shakespeare_back(tokenizer):
 
 @pytest.mark.parametrize("block", [1, 7, 64])
 def test_where_a_long_text_is_cut_changes_neither_text_nor_gpt2_ids(monkeypatch, block):
-    monkeypatch.setattr(prepare, "BLOCK", block)
+    monkeypatch.setattr(prepare, "CHUNK", block)
     text = AWKWARD + " Some   words,\n\n\n  and  more words\n \n" * 5
     prepare.prepare([write("a.txt", text)], "data/a", "gpt2")
     tokenizer = get_tokenizer("gpt2")
@@ -77,10 +77,17 @@ def test_txt_jsonl_gz_and_folders_give_their_documents_in_order():
     write("in/d.jsonl.gz", jsonl("fourth"))
     write("in/e.txt.gz", "fifth")
     write("in/f.txt", "")
+    write("in/fg.jsonl.TXT", "sixth")
     write("in/image.png", b"\xff")
-    prepare.prepare(["in", write("g.txt", "sixth")], "data/a", "bytes")
-    text = get_tokenizer("bytes").decode(ids_of("data/a"))
-    assert text.split("<|endoftext|>") == ["first", "second", "third", "fourth", "fifth", "sixth", ""]
+    write("in/._a.txt", b"\xff")
+    prepare.prepare(["in", write("h.txt", "seventh")], "data/a", "bytes")
+    texts = get_tokenizer("bytes").decode(ids_of("data/a")).split("<|endoftext|>")
+    assert texts == ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", ""]
+
+
+def test_a_byte_order_mark_before_json_is_skipped():
+    prepare.prepare([write("a.jsonl", "\ufeff" + jsonl("text"))], "data/a", "bytes")
+    assert get_tokenizer("bytes").decode(ids_of("data/a")) == "text<|endoftext|>"
 
 
 def test_the_default_is_the_standard_library_as_bytes(capsys):
@@ -146,7 +153,7 @@ def test_meta_json_counts_documents_bytes_and_tokens_of_each_split(tokenizer):
 
 @pytest.mark.parametrize("workers", [2, 5])
 def test_the_result_does_not_depend_on_the_number_of_cores(monkeypatch, workers):
-    monkeypatch.setattr(prepare, "BLOCK", 50)
+    monkeypatch.setattr(prepare, "CHUNK", 50)
     write("a.jsonl", jsonl(*(f"document {i} " * i for i in range(60))))
     prepare.prepare(["a.jsonl"], "data/one", "gpt2", workers=1)
     prepare.prepare(["a.jsonl"], "data/many", "gpt2", workers=workers)
@@ -188,7 +195,7 @@ def test_the_ids_cannot_be_written_to(data):
 
 def test_progress_is_lines_where_there_is_no_terminal_and_one_changing_line_on_one(monkeypatch, capsys):
     clock = iter(range(0, 10_000, 11))
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(prepare.time, "perf_counter", lambda: next(clock))
     prepare.prepare([write("a.jsonl", jsonl("abcd", "efgh"))], "data/a", "bytes")
     first, second = capsys.readouterr().err.splitlines()
     assert first == " 50% | 1 documents | 0.0 MB/s | 11s left"
@@ -226,7 +233,7 @@ def test_a_source_at_fault_is_named_in_one_line_and_leaves_nothing_behind(fails,
 
 def test_a_folder_without_text_is_refused(fails):
     Path("empty").mkdir()
-    fails(main, ["empty"], "empty has no file below it that ends in .txt")
+    fails(main, ["empty"], "empty contains no file that ends in .txt")
 
 
 def test_a_damaged_gzip_file_is_refused(fails):
@@ -234,7 +241,7 @@ def test_a_damaged_gzip_file_is_refused(fails):
     whole = Path("a.txt.gz").read_bytes()
     for content in (whole[:40], b"not gzip", whole[:30] + b"\xff" * 9 + whole[39:]):
         Path("a.txt.gz").write_bytes(content)
-        fails(main, ["a.txt.gz", "--tokenizer", "bytes"], "a.txt.gz is damaged, or no gzip file")
+        fails(main, ["a.txt.gz", "--tokenizer", "bytes"], "a.txt.gz is damaged or not a gzip file")
 
 
 def test_a_failure_leaves_the_data_that_was_there(fails, data):
@@ -263,12 +270,12 @@ def test_without_a_connection_the_way_out_is_named(fails, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("meta.json", None, "has no prepared data (no meta.json): run prepare.py first"),
+    ("meta.json", None, "contains no prepared data (no meta.json): run prepare.py first"),
     ("meta.json", b'{"format": 1, "tok', "meta.json is damaged, half-written, or of another version"),
     ("meta.json", b"[]", "meta.json is damaged, half-written, or of another version"),
     ("meta.json", b"\xff", "meta.json is damaged, half-written, or of another version"),
     ("meta.json", b'{"format": 2}', "meta.json is damaged, half-written, or of another version"),
-    ("train.bin", None, "train.bin has 0 bytes, and by its meta.json 3,600: run prepare.py again"),
+    ("train.bin", None, "train.bin has 0 bytes, but meta.json says 3,600: run prepare.py again"),
     ("train.bin", b"x" * 3601, "train.bin has 3,601 bytes"),
     ("train.bin", b"x" * 3598, "train.bin has 3,598 bytes")])
 def test_a_data_folder_that_is_not_whole_is_refused(data, name, content, says):

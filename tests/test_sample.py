@@ -26,7 +26,7 @@ class Script:
 
 
 def spoken(script, prompt="x", **options):
-    return list(complete(Script(script), get_tokenizer("bytes"), prompt, **options))
+    return list(complete(Script(script), get_tokenizer("bytes"), prompt, 100, **options))
 
 
 @pytest.fixture
@@ -69,25 +69,25 @@ def test_a_character_that_stays_incomplete_is_marked_at_the_end():
 
 
 def test_bytes_that_are_no_character_are_marked_and_the_text_goes_on():
-    assert "".join(grown[0] for grown in spoken([[0xFF], [97]])) == "\ufffda"
+    assert "".join(added[0] for added in spoken([[0xFF], [97]])) == "\ufffda"
 
 
 def test_a_sample_ends_at_end_of_text_and_the_others_go_on():
     script = [[97, 98], [256, 98], [97, 98], [97, 256], [97, 98]]
-    grown = spoken(script, num_samples=2)
-    assert ["".join(column) for column in zip(*grown, strict=True)] == ["a", "bbb"]
-    assert len(grown) == 5      # the last id was not asked for
+    added = spoken(script, num_samples=2)
+    assert ["".join(column) for column in zip(*added, strict=True)] == ["a", "bbb"]
+    assert len(added) == 5      # the last id was not asked for
 
 
 def test_an_empty_prompt_starts_from_end_of_text():
     model = Script([[97]])
-    list(complete(model, get_tokenizer("bytes"), ""))
+    list(complete(model, get_tokenizer("bytes"), "", 100))
     assert model.prompt == [[256]]
 
 
 def test_several_samples_are_one_batch_of_the_same_prompt(says):
     model = Script([[97, 98, 99]])
-    list(complete(model, get_tokenizer("bytes"), "hi", num_samples=3))
+    list(complete(model, get_tokenizer("bytes"), "hi", 100, num_samples=3))
     assert model.prompt == [[104, 105]] * 3
     first, second, third = says("--prompt", "ab", "--num_samples", 3).split("\n--- sample ", 2)
     assert second.startswith("2 ---\nab") and third.startswith("3 ---\nab")
@@ -135,7 +135,7 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
 
 @pytest.mark.parametrize("flags, says", [
     (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
-    (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or no checkpoint of this program"),
+    (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or not a checkpoint of this program"),
     (["--prompt_file", "none.txt"], "No such file or directory: 'none.txt'"),
     (["--prompt_file", "bad.txt"], "the prompt in bad.txt is not UTF-8 at byte 1"),
     (["--prompt", "a", "--prompt_file", "b"], "argument --prompt_file: not allowed with argument --prompt"),
@@ -154,4 +154,4 @@ def test_a_mistake_is_told_in_one_line(fails, model, flags, says):
 
 
 def test_without_any_checkpoint_the_way_to_one_is_named(fails):
-    fails(main, [], "there is no out/*/best.pt: run train.py first, or name a file with --checkpoint")
+    fails(main, [], "there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")

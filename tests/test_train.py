@@ -84,13 +84,14 @@ def world(rank=0, size=1):
     return world
 
 
-@pytest.mark.parametrize("size, batch_size", [(1, 12), (1, 3), (2, 6), (4, 3), (3, 2)])
-def test_ranks_and_micro_batches_only_slice_the_global_batch(size, batch_size):
+@pytest.mark.parametrize("size, batch_size, micro_batch_size", [
+    (1, 12, 12), (1, 3, 3), (2, 6, 6), (4, 3, 3), (3, 2, 2), (1, 100, 12), (1, 5, 4), (2, 5, 3)])
+def test_ranks_and_micro_batches_only_slice_the_global_batch(size, batch_size, micro_batch_size):
     windows = Windows(np.arange(1000, dtype=np.uint16), 4, 4, 1000)
     for step in (0, 1, 50):
         parts = [inputs for rank in range(size)
                  for inputs, _ in Batches(windows, 12, batch_size, 1, world(rank, size))(step)]
-        assert all(part.shape == (batch_size, 4) for part in parts)
+        assert all(part.shape == (micro_batch_size, 4) for part in parts)
         [(whole, _)] = Batches(windows, 12, 12, 1, world())(step)
         assert torch.equal(torch.cat(parts), whole)
 
@@ -177,20 +178,28 @@ def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsy
     Path(data).rename("data/python")
     main(["--max_steps", "1"])
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == f"training nano on cpu (no CUDA GPU is here), to {Path('out/python')}"
+    assert first == f"training nano on cpu, as there is no CUDA GPU; writing to {Path('out/python')}"
 
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_it_makes_exactly_so_many_updates(data, steps):
     _, meta = run("--max_steps", steps)
     assert meta["step"] == steps
-    assert {state["step"].item() for state in meta["optimizer"]["state"].values()} == {steps}
+    assert {state["step"].item() for state in meta["optimizer"].values()} == {steps}
 
 
 def test_epochs_are_rounded_up_to_whole_steps(data):
     windows = (1800 - 17) // 16 + 1
     _, meta = run("--epochs", 2, "--global_batch_size", 32, "--eval_interval", 1000)
     assert windows == 112 and meta["step"] == 7
+
+
+def test_resuming_keeps_the_flags_of_the_run_but_for_those_given_anew(data):
+    run("--max_steps", 2, "--weight_decay", 0.5, "--global_batch_size", 8)
+    main(["--out", "out/text", "--resume", "--max_steps", "3", "--lr", "1e-3", "--batch_size", "1"])
+    args = gpt.load_checkpoint("out/text/last.pt")[1]["args"]
+    assert (args["max_steps"], args["lr"], args["batch_size"]) == (3, 1e-3, 1)
+    assert (args["weight_decay"], args["global_batch_size"], args["data"]) == (0.5, 8, data)
 
 
 def test_flags_change_the_sizes_of_a_model(data):
@@ -308,7 +317,7 @@ def test_in_float16_a_gradient_that_overflows_is_skipped_and_halves_the_scale(da
     _, meta = run("--max_steps", 2, "--dtype", "float16", "--log_interval", 1)
     assert [row["loss_scale"] for row in log() if "loss" in row] == [2.0 ** 39, 2.0 ** 38]
     assert log()[0]["grad_norm"] is None            # infinite, which JSON cannot say
-    assert {state["step"].item() for state in meta["optimizer"]["state"].values()} == {0}
+    assert {state["step"].item() for state in meta["optimizer"].values()} == {0}
 
 
 def test_float16_is_close_to_float32(data):
@@ -324,6 +333,26 @@ def test_curves_are_drawn_where_matplotlib_is_installed(data, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)       # as if it were not
     run("--max_steps", 3, out="out/without")
     assert not Path("out/without/curves.png").exists()
+
+
+def test_curves_are_of_the_last_run_in_the_log_and_bear_what_is_not_finite(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    first = [{"step": step, "loss": 9.0, "lr": 1.0} for step in (1, 2, 3, 4)]
+    second = [{"step": 1, "loss": 5.0, "lr": 1.0}, {"step": 2, "loss": 8.0, "lr": 1.0},
+              {"step": 2, "loss": None, "lr": 1.0}, {"step": 2, "val_loss": None, "val_stderr": None}]
+    rows = "\n".join(map(json.dumps, first + second))
+    (tmp_path / "log.jsonl").write_text(rows + '\n{"step": 3, "lo')
+    train.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    training = drawn[0].axes[0].lines[0]
+    assert training.get_xdata().tolist() == [1, 2]
+    assert training.get_ydata()[0] == 5.0 and math.isnan(training.get_ydata()[1])
+
+
+def test_a_run_that_diverges_still_saves_and_ends(data):
+    run("--max_steps", 4, "--lr", "1e30", "--grad_clip", "1e30")
+    assert log()[-1]["val_loss"] is None and Path("out/text/last.pt").exists()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
@@ -351,12 +380,11 @@ def test_it_trains_on_a_gpu(data, dtype):
     (["--lr", "nan"], "argument --lr: must be a number above 0, not 'nan'"),
     (["--warmup", "1"], "argument --warmup: must be at least 0 and below 1, not '1'"),
     (["--epochs", "1", "--max_steps", "1"], "argument --max_steps: not allowed with argument --epochs"),
-    (["--n_embd", "33"], "n_embd must be divisible by n_head, and 33 is not by 2"),
+    (["--n_embd", "33"], "n_embd must be divisible by n_head, but 33 is not by 2"),
     (["--device", "cuda:99"], "there is no device cuda:99 here"),
     (["--device", "warp"], "there is no device warp here"),
-    (["--data", "data/none"], "data/none has no prepared data (no meta.json): run prepare.py first"),
-    (["--global_batch_size", "6"], "--global_batch_size 6 is no multiple of 4 sequences (--batch_size) x 1"),
-    (["--block_size", "1000"], "200 ids are too few for a window of 1,001: prepare more text, or lower"),
+    (["--data", "data/none"], "data/none contains no prepared data (no meta.json): run prepare.py first"),
+    (["--block_size", "1000"], "data/text has only 200 ids to val: a window needs 1,001; prepare more"),
     (["--resume"], "there is no checkpoint out/none/last.pt")])
 def test_a_mistake_is_told_in_one_line(fails, data, flags, says):
     fails(main, [*QUICK, "--out", "out/none", *flags], says)
@@ -369,7 +397,7 @@ def test_a_dtype_that_does_not_run_on_the_device_is_refused(fails, data, monkeyp
             raise RuntimeError(f"unsupported dtype {dtype}")
 
     monkeypatch.setattr(torch, "autocast", autocast)
-    fails(main, [*QUICK, "--dtype", "float16"], "float16 does not run on this cpu: use --dtype float32")
+    fails(main, [*QUICK, "--dtype", "float16"], "float16 does not run on this cpu device: use --dtype float32")
 
 
 def test_an_id_outside_the_vocabulary_ends_the_run(fails, data):
@@ -377,12 +405,12 @@ def test_an_id_outside_the_vocabulary_ends_the_run(fails, data):
     ids[900] = 300
     ids.flush()
     fails(main, [*QUICK, "--epochs", 1],
-          "the data is damaged: it has id 300, and its vocabulary ends at 256: run prepare.py again")
+          "the data is damaged: it contains id 300, but its vocabulary ends at 256: run prepare.py again")
 
 
 def test_an_earlier_run_is_not_overwritten(fails, data):
     model, _ = run("--max_steps", 2)
-    fails(main, QUICK, "last.pt is of an earlier run: go on with it by --resume, or name another --out")
+    fails(main, QUICK, "last.pt is from an earlier run: --resume continues it, another --out keeps it")
     assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
 
 
@@ -390,12 +418,18 @@ def test_an_earlier_run_is_not_overwritten(fails, data):
 def test_a_checkpoint_that_cannot_be_read_cannot_be_resumed(fails, data, content):
     Path("out/text").mkdir(parents=True)
     Path("out/text/last.pt").write_bytes(content)
-    fails(main, [*QUICK, "--resume"], "last.pt is damaged, cut short, or no checkpoint of this program")
+    fails(main, [*QUICK, "--resume"], "last.pt is damaged, cut short, or not a checkpoint")
+
+
+def test_weights_without_an_optimizer_cannot_be_resumed(fails, data):
+    run("--max_steps", 2)
+    Path("out/text/best.pt").replace("out/text/last.pt")
+    fails(main, [*QUICK, "--resume"], "this checkpoint has weights, but not the state of the optimizer")
 
 
 def test_a_run_of_another_model_or_other_data_cannot_be_resumed(fails, data):
     run("--max_steps", 2)
-    fails(main, [*QUICK, "--resume", "--block_size", 8], "block_size was 16 in that run, and is 8 now")
+    fails(main, [*QUICK, "--resume", "--block_size", 8], "block_size was 16 in that run, but is 8 now")
     Path("text.txt").write_text("Other text. " * 100)
     prepare.prepare(["text.txt"], data, "bytes")
     fails(main, [*QUICK, "--resume"], "train was {'documents': 0, 'bytes': 1800, 'tokens': 1800} in that run")
