@@ -136,7 +136,8 @@ def find_files(source):
     path = Path(source)
     if source == "python":
         root = Path(sysconfig.get_path("stdlib"))
-        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        # Neither installed packages, nor tests, nor the tables of characters in encodings.
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
         return sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts))
     if path.is_dir():
         files = sorted(file for file in path.rglob("[!.]*") if is_text(file) and file.is_file())

@@ -36,8 +36,8 @@ SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "
 
 # Defaults that a model has instead of those in make_parser.
 RECIPES = {
-    "nano": {"max_steps": 1000, "global_batch_size": 32, "lr": 2e-3, "schedule": "cosine",
-             "eval_interval": 250, "eval_windows": 256},
+    "nano": {"max_steps": 2500, "global_batch_size": 16, "batch_size": 8, "lr": 4e-3, "schedule": "cosine",
+             "eval_interval": 500, "eval_windows": 512, "log_interval": 50},
 }
 
 

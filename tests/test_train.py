@@ -397,7 +397,7 @@ def test_a_dtype_that_does_not_run_on_the_device_is_refused(fails, data, monkeyp
             raise RuntimeError(f"unsupported dtype {dtype}")
 
     monkeypatch.setattr(torch, "autocast", autocast)
-    fails(main, [*QUICK, "--dtype", "float16"], "float16 does not run on this cpu device: use --dtype float32")
+    fails(main, [*QUICK, "--dtype", "float16"], "float16 does not run on this cpu device: use --dtype")
 
 
 def test_an_id_outside_the_vocabulary_ends_the_run(fails, data):
