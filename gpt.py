@@ -137,12 +137,14 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v):
         T, S, D = q.shape[2], k.shape[2], q.shape[3]
         dropout = self.dropout if self.training else 0.0
-        if self.fused:
+        # On a CPU the kernel's backward pass is slow in bfloat16: for short sequences the formula is faster.
+        kernel_is_slow = self.training and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if self.fused and not kernel_is_slow:
             assert T == S or T == 1     # the cache was empty, or gets one position: there is nothing to mask
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         scores = q @ k.transpose(2, 3) / math.sqrt(D)                       # (B, H, T, D) -> (B, H, T, S)
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
+        weights = (scores + mask).softmax(-1)                               # none for later positions
         return F.dropout(weights, dropout) @ v                              # (B, H, T, S) -> (B, H, T, D)
 
 

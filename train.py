@@ -36,7 +36,7 @@ SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "
 
 # Defaults that a model has instead of those in make_parser.
 RECIPES = {
-    "nano": {"max_steps": 2500, "global_batch_size": 16, "batch_size": 8, "lr": 4e-3, "schedule": "cosine",
+    "nano": {"max_steps": 3500, "global_batch_size": 16, "batch_size": 8, "lr": 4e-3, "schedule": "cosine",
              "eval_interval": 500, "eval_windows": 512, "log_interval": 50},
 }
 
@@ -382,8 +382,8 @@ class Run:
     def load_windows(self, split, config):
         tokens = load_tokens(self.args.data, split)
         if len(tokens) < config.block_size + 1:
-            raise UserError(f"{self.args.data} has only {len(tokens):,} ids to {split}: a window needs "
-                            f"{config.block_size + 1:,}; prepare more text, or lower --block_size")
+            raise UserError(f"{self.args.data}/{split}.bin has only {len(tokens):,} ids and a window needs "
+                            f"{config.block_size + 1:,}: prepare more text, or lower --block_size")
         return Windows(tokens, config.block_size, self.args.stride or config.block_size, config.vocab_size)
 
     def train(self):
@@ -418,7 +418,8 @@ class Run:
         self.save("last.pt", optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
         if self.world.rank == 0:
             if math.isfinite(val_loss):
-                text = "".join(added for [added] in complete(self.model, self.tokenizer, "", 150))
+                parts = complete(self.model, self.tokenizer, "", 150, temperature=0.8, top_k=50)
+                text = "".join(added for [added] in parts)
                 print("    " + text.strip().replace("\n", "\n    "), flush=True)
             draw_curves(self.out / "log.jsonl", self.out / "curves.png")
         self.model.train()

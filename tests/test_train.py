@@ -384,7 +384,7 @@ def test_it_trains_on_a_gpu(data, dtype):
     (["--device", "cuda:99"], "there is no device cuda:99 here"),
     (["--device", "warp"], "there is no device warp here"),
     (["--data", "data/none"], "data/none contains no prepared data (no meta.json): run prepare.py first"),
-    (["--block_size", "1000"], "data/text has only 200 ids to val: a window needs 1,001; prepare more"),
+    (["--block_size", "1000"], "data/text/val.bin has only 200 ids and a window needs 1,001: prepare"),
     (["--resume"], "there is no checkpoint out/none/last.pt")])
 def test_a_mistake_is_told_in_one_line(fails, data, flags, says):
     fails(main, [*QUICK, "--out", "out/none", *flags], says)
