@@ -265,6 +265,7 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
     something is wrong with a source; the folder is then left as it was."""
     files = [file for source in sources for file in find_files(source)]
     tokenizer = get_tokenizer(tokenizer_name)
+    tokenizer.encode("warm up")     # where a worker thread is the first to use it, all take twice as long
     progress = Progress(files, sample_size)
     pieces = read_pieces(files, progress)
     if sample_size is not None:
