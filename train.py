@@ -80,7 +80,10 @@ class World:
             print(*words, flush=True)
 
     def close(self):
+        """Leaves when all ranks do. A process that ends right after a reduction may crash, because gloo's
+        threads still hold the tensor, and torchrun would then stop rank 0 while it is saving."""
         if self.size > 1:
+            dist.barrier()
             dist.destroy_process_group()
 
 
