@@ -62,7 +62,7 @@ class GPTConfig:
 
 MODELS = {
     "nano": GPTConfig(block_size=128, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
-    # Two T4s train this one in hours. Its head is untied, and its MLP half as wide as GPT-2's.
+    # Made for two 16 GB GPUs: shallower and narrower than GPT-2, its MLP half as wide, its head untied.
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),

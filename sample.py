@@ -102,6 +102,8 @@ def main(argv=None):
             print(f"the prompt has {length:,} ids: the model sees the last {block_size:,}", file=sys.stderr)
 
         texts = [prompt] * args.num_samples
+        if args.num_samples > 1:
+            print("--- sample 1 ---")
         print(prompt, end="", flush=True)
         for added in complete(model.to(device), tokenizer, prompt, args.max_new_tokens,
                               num_samples=args.num_samples, seed=args.seed, temperature=args.temperature,

@@ -423,7 +423,7 @@ class Run:
             if math.isfinite(val_loss):
                 parts = complete(self.model, self.tokenizer, "", 150, temperature=0.8, top_k=50)
                 text = "".join(added for [added] in parts)
-                print("    " + text.strip().replace("\n", "\n    "), flush=True)
+                print("sample:\n    " + text.strip().replace("\n", "\n    "), flush=True)
             draw_curves(self.out / "log.jsonl", self.out / "curves.png")
         self.model.train()
         self.log.restart_clock(self.step)

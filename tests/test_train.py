@@ -237,7 +237,7 @@ def test_the_terminal_shows_loss_learning_rate_speed_time_left_and_a_sample(data
     assert re.search(r"^step 10/20 \| epoch 0\.36 \| loss \d\.\d{4} \| lr \d\.\d\de-0\d \| "
                      r"[\d,]+ tokens/s \| \d+s left$", out, re.MULTILINE)
     assert re.search(r"^step 20/20 \| validation loss \d\.\d{4} ± 0\.\d{4} \| \d\.\d{3} bits per byte\n"
-                     r"    \S", out, re.MULTILINE)
+                     r"sample:\n    \S", out, re.MULTILINE)
 
 
 def test_validation_is_the_mean_over_its_windows_and_knows_its_error(data, model):
