@@ -140,7 +140,7 @@ class CausalSelfAttention(nn.Module):
         # On a CPU the kernel's backward pass is slow in bfloat16: for short sequences the formula is faster.
         kernel_is_slow = self.training and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16
         if self.fused and not kernel_is_slow:
-            assert T == S or T == 1     # the cache was empty, or gets one position: there is nothing to mask
+            assert T == S or T == 1     # the cache was empty, or gets one position, which may look at all
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         scores = q @ k.transpose(2, 3) / math.sqrt(D)                       # (B, H, T, D) -> (B, H, T, S)
         mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
@@ -197,7 +197,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     them by the incoming gradient.
     """
     LOGITS_AT_ONCE = 2 ** 25    # 128 MiB in float32
-    ROWS_AT_ONCE = 2048         # keeps the sums of grad_logits.T @ x far from float16's limit of 65,504
+    ROWS_AT_ONCE = 2048         # so that sums of grad_logits.T @ x stay below float16's limit of 65,504
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):

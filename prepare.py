@@ -140,7 +140,8 @@ def find_files(source):
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
         return sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts))
     if path.is_dir():
-        files = sorted(file for file in path.rglob("[!.]*") if is_text(file) and file.is_file())
+        files = sorted(file for file in path.rglob("*") if is_text(file) and file.is_file()
+                       and not any(part.startswith(".") for part in file.relative_to(path).parts))
         if not files:
             raise UserError(f"{source} contains no file that ends in {', '.join(SUFFIXES)}")
         return files
@@ -191,7 +192,7 @@ def read_text(file, path):
 def last_cut(text):
     """Returns the last position at which text can be cut in two without changing its GPT-2 ids: between
     anything but white space and a space or newline, where the tokenizer always ends a word. If there is no
-    such position, returns the end."""
+    such position, returns the end, where the ids may then differ."""
     places = range(len(text) - 1, 0, -1)
     return next((i for i in places if text[i] in " \n" and not text[i - 1].isspace()), len(text))
 

@@ -36,7 +36,7 @@ SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "
 
 # Defaults that a model has instead of those in make_parser.
 RECIPES = {
-    "nano": {"max_steps": 3500, "global_batch_size": 16, "batch_size": 8, "lr": 4e-3, "schedule": "cosine",
+    "nano": {"max_steps": 3000, "global_batch_size": 16, "batch_size": 8, "lr": 4e-3, "schedule": "cosine",
              "eval_interval": 500, "eval_windows": 512, "log_interval": 50},
 }
 
@@ -208,7 +208,7 @@ def update(net, optimizer, scaler, autocast, micro_batches, lr, grad_clip):
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)              # clipping needs the true gradients
     grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
-    scaler.step(optimizer)                  # skipped if a gradient is not finite
+    scaler.step(optimizer)                  # in float16 skipped if a gradient is not finite
     scaler.update()                         # lowers the scale after a skipped step, raises it now and then
     optimizer.zero_grad()
     return mean_loss, grad_norm
@@ -279,7 +279,7 @@ class Log:
         self.restart_clock(first_step)
 
     def restart_clock(self, step):
-        """Tokens per second are counted from here, so that evaluations do not enter."""
+        """Tokens per second are counted from here, so that evaluations are not counted."""
         self.clock_step, self.clock = step, time.perf_counter()
 
     def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale):
@@ -442,8 +442,6 @@ class Run:
 
     def restore(self, saved_model, meta):
         """Continues where a checkpoint ends. Raises UserError if its model or its data are not the same."""
-        if "optimizer" not in meta:
-            raise UserError("cannot resume: this checkpoint has weights, but not the state of the optimizer")
         before = {**asdict(saved_model.config), **meta["data"]}
         for name, now in {**asdict(self.model.config), **self.data}.items():
             if now != before[name]:
@@ -477,7 +475,7 @@ def make_parser():
     length.add_argument("--epochs", type=positive, help="times to go through the data (default: 20)")
     length.add_argument("--max_steps", type=count, help="steps to take, instead of --epochs")
     add("--lr", type=positive, default=6e-4, help="peak learning rate")
-    add("--min_lr", type=at_least_0, default=0.0, help="learning rate at the end")
+    add("--min_lr", type=at_least_0, default=0.0, help="learning rate that the schedule falls towards")
     add("--warmup", type=share, default=0.1, help="share of all steps in which the learning rate rises")
     add("--schedule", choices=("linear", "cosine"), default="linear", help="how the learning rate falls")
     add("--weight_decay", type=at_least_0, default=1e-4, help="weight decay of matrices")
@@ -505,6 +503,8 @@ def main(argv=None):
         if last.exists() and not given.resume:
             raise UserError(f"{last} is from an earlier run: --resume continues it, another --out keeps it")
         saved = load_checkpoint(last) if given.resume else None
+        if saved and "optimizer" not in saved[1]:
+            raise UserError(f"{last} cannot be resumed: it has weights, but not the state of an optimizer")
 
         # Flags that are not given come from the run to be resumed, or else from the model's recipe.
         if saved:

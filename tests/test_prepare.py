@@ -80,6 +80,7 @@ def test_txt_jsonl_gz_and_folders_give_their_documents_in_order():
     write("in/fg.jsonl.TXT", "sixth")
     write("in/image.png", b"\xff")
     write("in/._a.txt", b"\xff")
+    write("in/.git/a.txt", b"\xff")
     prepare.prepare(["in", write("h.txt", "seventh")], "data/a", "bytes")
     texts = get_tokenizer("bytes").decode(ids_of("data/a")).split("<|endoftext|>")
     assert texts == ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", ""]
@@ -168,7 +169,7 @@ def test_only_a_few_batches_are_read_ahead_of_the_encoder():
     assert list(results) == [i * i for i in range(1, 1000)]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak memory in /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to read the peak memory")
 def test_memory_does_not_grow_with_the_corpus():
     script = ("import prepare; prepare.prepare(['a.txt'], 'data/a', 'bytes'); "
               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
