@@ -97,7 +97,7 @@ def main(argv=None):
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
         model, meta = load_checkpoint(args.checkpoint or newest_checkpoint())
         if "data" not in meta:
-            raise UserError("this checkpoint does not say which tokenizer it needs: train.py did not write it")
+            raise UserError("the checkpoint does not name its tokenizer: it was not written by train.py")
         tokenizer = get_tokenizer(meta["data"]["tokenizer"])
         length, block_size = len(tokenizer.encode_ordinary(prompt)), model.config.block_size
         if length > block_size:

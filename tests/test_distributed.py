@@ -29,8 +29,8 @@ def log(name):
 
 @pytest.fixture
 def runs(data):
-    """The same five steps by one process with two micro-batches, and by two with one each."""
-    flags = ["--max_steps", 5, "--batch_size", 4, "--global_batch_size", 8]
+    """The same five steps by one process with four micro-batches, and by two with two each."""
+    flags = ["--max_steps", 5, "--batch_size", 2, "--global_batch_size", 8]
     one, two = train(1, "--out", "out/one", *flags), train(2, "--out", "out/two", *flags)
     assert one.returncode == two.returncode == 0, two.stderr
     return one, two
@@ -49,7 +49,7 @@ def test_two_ranks_report_the_losses_of_one_process_and_once(runs):
         assert one["step"] == two["step"] and one[loss] == pytest.approx(two[loss], abs=1e-5)
     one, two = ([line.split("|")[0] for line in run.stdout.splitlines() if "|" in line] for run in runs)
     assert one == two
-    assert "2 processes x 1 micro-batches x 4 windows = 256 ids" in runs[1].stdout
+    assert "2 processes x 2 micro-batches x 2 windows = 256 ids" in runs[1].stdout
 
 
 def test_two_ranks_end_on_a_users_mistake_without_a_traceback_of_ours(data):

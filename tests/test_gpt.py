@@ -20,15 +20,11 @@ def gradients(model):
 # ------------------------------------------------------------------------------------------------ sizes
 
 @pytest.mark.parametrize("name, parameters", [
-    ("gpt2-92m", 91_605_384), ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
+    ("nano", 842_624), ("gpt2-92m", 91_605_384), ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168),
     ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
 def test_each_model_has_exactly_its_published_number_of_parameters(name, parameters):
     with torch.device("meta"):
         assert GPT(MODELS[name]).num_params() == parameters
-
-
-def test_nano_is_small_enough_to_train_on_a_cpu_in_minutes():
-    assert GPT(MODELS["nano"]).num_params() < 5_000_000
 
 
 @pytest.mark.parametrize("sizes, complaint", [
@@ -62,6 +58,15 @@ def test_a_later_id_cannot_change_an_earlier_logit(model):
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropout_zeroes_attention_as_often_as_it_says(tiny, fused):
+    attention = gpt.CausalSelfAttention(replace(tiny, dropout=0.25), fused).train()
+    ones = torch.ones(64, 2, 16, 16)
+    y = attention.attend(ones, ones, ones)      # each position's mean of ones, of which a quarter is dropped
+    assert y.mean().item() == pytest.approx(1.0, abs=0.05) and y[:, :, 0].unique().tolist() == [
+        0.0, pytest.approx(4 / 3)]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_formulas_agree_with_the_fused_kernels_in_values_and_gradients(tiny, bias):
     config = replace(tiny, bias=bias)
@@ -87,7 +92,8 @@ def test_dropout_zeroes_in_training_and_not_in_evaluation(tiny):
 def test_residual_projections_start_smaller_the_deeper_the_model():
     model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=8, n_head=2, n_embd=128))
     assert model.h[0].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+    for projection in (model.h[0].attn.c_proj, model.h[0].mlp.c_proj):
+        assert projection.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
     assert model.h[0].mlp.c_fc.bias.abs().max() == 0
 
 
@@ -120,6 +126,15 @@ def test_the_loss_is_plain_cross_entropy_in_value_and_gradients(tiny, monkeypatc
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for name, gradient in gradients(model).items():
         assert torch.allclose(gradient, found[name], atol=1e-6), name
+
+
+def test_the_loss_never_holds_more_logits_at_once_than_it_says(tiny, monkeypatch):
+    monkeypatch.setattr(gpt.LinearCrossEntropy, "LOGITS_AT_ONCE", 320 * 5)
+    sizes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: sizes.append(x.shape[0] * w.shape[0]) or linear(x, w))
+    x, weight = torch.ones(48, 32, requires_grad=True), torch.ones(320, 32)
+    gpt.LinearCrossEntropy.apply(x, weight, torch.zeros(48, dtype=torch.int64), 257, True)
+    assert sizes == [320 * 5] * 9 + [320 * 3]
 
 
 def test_the_loss_without_gradients_is_the_same(model):
@@ -172,8 +187,11 @@ def generate_without_a_cache(model, ids, n, **options):
 
 @pytest.mark.parametrize("prompt_length", [1, 5, 16, 40])
 @pytest.mark.parametrize("temperature, top_k, top_p", [(0, None, None), (0.9, 20, 0.95)])
+@pytest.mark.parametrize("fused", [True, False])
 def test_generation_with_a_cache_equals_generation_without_also_past_the_block(
-        model, prompt_length, temperature, top_k, top_p):
+        model, prompt_length, temperature, top_k, top_p, fused):
+    weights, model = model.state_dict(), GPT(model.config, fused).eval()
+    model.load_state_dict(weights)
     ids = random_ids(model.config, 2, prompt_length)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     cached = list(model.generate(ids, 40, generator=torch.Generator().manual_seed(7), **options))

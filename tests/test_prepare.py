@@ -105,6 +105,11 @@ def test_the_standard_library_is_without_tests_tables_and_installed_packages():
     assert not any({"site-packages", "test", "encodings"} & set(path.parts) for path in paths)
 
 
+def test_name_and_val_fraction_come_from_their_flags():
+    main([write("a.txt", "x" * 99), "--name", "b", "--val_fraction", "0.5", "--tokenizer", "bytes"])
+    assert load_meta("data/b")["val"]["tokens"] == 50 and not Path("data/a").exists()
+
+
 @pytest.mark.parametrize("source, name", [
     ("books", "books"), ("books/", "books"), ("a/b.txt", "b"), ("b.jsonl.gz", "b"), ("v1.5.txt", "v1.5")])
 def test_the_folder_is_named_after_the_source(source, name):
@@ -169,7 +174,7 @@ def test_only_a_few_batches_are_read_ahead_of_the_encoder():
     assert list(results) == [i * i for i in range(1, 1000)]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to read the peak memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is in Linux's /proc only")
 def test_memory_does_not_grow_with_the_corpus():
     script = ("import prepare; prepare.prepare(['a.txt'], 'data/a', 'bytes'); "
               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
@@ -203,7 +208,8 @@ def test_progress_is_lines_where_there_is_no_terminal_and_one_changing_line_on_o
     assert second.startswith("100% | 2 documents")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     prepare.prepare(["a.jsonl"], "data/a", "bytes")
-    assert capsys.readouterr().err.count("\n") == 0
+    line = capsys.readouterr().err
+    assert line.startswith("\r 50% | 1 documents") and "\r100% | 2 documents" in line and "\n" not in line
 
 
 # -------------------------------------------------------------------------------------------- bad input

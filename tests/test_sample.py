@@ -56,6 +56,14 @@ def test_at_temperature_0_the_seed_does_not_matter(says):
     assert says(*greedy, "--seed", 1) == says(*greedy, "--seed", 2) == says(*greedy, "--top_k", 1)
 
 
+def test_the_flags_reach_the_model(says, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(gpt.GPT, "generate", lambda self, ids, n, **options: asked.update(options, n=n) or [])
+    says("--max_new_tokens", 7, "--temperature", 0.5, "--top_k", 9, "--top_p", 0.6, "--seed", 5)
+    generator = asked.pop("generator")
+    assert asked == {"n": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.6} and generator.initial_seed() == 5
+
+
 def test_the_text_begins_with_the_prompt(says):
     assert says("--prompt", "déjà vu", "--max_new_tokens", 1).startswith("déjà vu")
 
@@ -135,6 +143,7 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
 
 @pytest.mark.parametrize("flags, says", [
     (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
+    (["--checkpoint", "foreign.pt"], "the checkpoint does not name its tokenizer"),
     (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or not a checkpoint of this program"),
     (["--prompt_file", "none.txt"], "No such file or directory: 'none.txt'"),
     (["--prompt_file", "bad.txt"], "the prompt in bad.txt is not UTF-8 at byte 1"),
@@ -149,6 +158,7 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
     (["--speed", "9"], "unrecognized arguments: --speed")])
 def test_a_mistake_is_told_in_one_line(fails, model, flags, says):
     Path("text.pt").write_text("no checkpoint")
+    gpt.save_checkpoint("foreign.pt", model, {})
     Path("bad.txt").write_bytes(b"a\xff")
     fails(main, flags, says)
 

@@ -181,6 +181,40 @@ def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsy
     assert first == f"training nano on cpu, as there is no CUDA GPU; writing to {Path('out/python')}"
 
 
+def test_with_a_gpu_it_trains_gpt2_92m_and_says_why(data, capsys, monkeypatch):
+    class Stub:
+        def __init__(self, args, world, saved):
+            self.train = lambda: print(args.model, args.epochs, args.lr, args.schedule, args.batch_size)
+
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(train, "World", lambda device: World(CPU))
+    monkeypatch.setattr(train, "Run", Stub)
+    main([])
+    assert capsys.readouterr().out.splitlines() == [
+        f"training gpt2-92m on cuda, as there is a CUDA GPU; writing to {Path('out/python')}",
+        "gpt2-92m 20 0.0006 linear 16"]
+
+
+def test_the_flags_of_the_schedule_and_of_clipping_reach_each_update(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "update", lambda *args: seen.append(args[-2:]) or update(*args))
+    run("--max_steps", 8, "--schedule", "cosine", "--warmup", 0.25, "--lr", 0.1, "--min_lr", 0.01,
+        "--grad_clip", 0.5, "--log_interval", 1, "--weight_decay", 0.2)
+    rates = [learning_rate(step, 8, 2, 0.1, 0.01, "cosine") for step in range(8)]
+    assert seen == [(rate, 0.5) for rate in rates]
+    assert [row["lr"] for row in log() if "lr" in row] == rates
+
+
+def test_the_flags_of_the_data_and_of_evaluation_are_heeded(data, monkeypatch):
+    seen, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda model, windows, *args: seen.append(
+        (len(windows), *args[:2], model.training)) or evaluate(model, windows, *args))
+    _, meta = run("--epochs", 1, "--stride", 4, "--batch_size", 50,
+                  "--eval_windows", 6, "--eval_batch_size", 3)
+    assert meta["step"] == 9                    # (1800 - 17) // 4 + 1 = 446 windows, 50 at a time
+    assert seen == [(46, 6, 3, False)]          # (200 - 17) // 4 + 1 = 46 windows to choose 6 from
+
+
 @pytest.mark.parametrize("steps", [1, 7])
 def test_it_makes_exactly_so_many_updates(data, steps):
     _, meta = run("--max_steps", steps)
@@ -249,6 +283,10 @@ def test_validation_is_the_mean_over_its_windows_and_knows_its_error(data, model
     assert mean == pytest.approx(losses.mean().item())
     assert error == pytest.approx((losses.std() / len(losses) ** 0.5).item(), rel=1e-3)
     assert train.evaluate(model, windows, len(windows), 7, plain, world())[0] == pytest.approx(mean)
+    half = world(0, 2)
+    half.sum = lambda *numbers: list(numbers)       # this rank's share alone
+    assert train.evaluate(model, windows, len(windows), 7, plain, half)[0] == pytest.approx(
+        losses[::2].mean().item())
     few, _ = train.evaluate(model, windows, 4, 4, plain, world())
     assert few == pytest.approx(losses[[0, 46, 92, 138]].mean().item()) and len(windows) == 184
 
@@ -267,6 +305,21 @@ def test_best_is_of_the_lowest_validation_loss_and_last_of_the_last_step(data):
     assert meta["step"] == lowest["step"] and meta["best_val_loss"] == lowest["val_loss"]
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 40
     assert "optimizer" not in meta
+
+
+def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
+    run("--max_steps", 20)
+    main(["--out", "out/text", "--resume", "--max_steps", "21", "--lr", "100"])
+    assert gpt.load_checkpoint("out/text/best.pt")[1]["step"] == 20
+
+
+def test_dropout_differs_between_steps_and_ranks_and_is_the_same_again():
+    def dropped(*key):
+        train.seed_dropout(*key)
+        return tuple(torch.rand(4).tolist())
+
+    keys = [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]
+    assert len({dropped(*key) for key in keys}) == 4 and dropped(*keys[0]) == dropped(*keys[0])
 
 
 def test_every_so_many_epochs_a_checkpoint_is_kept(data):
