@@ -464,7 +464,7 @@ def make_parser():
     add = parser.add_argument
     add("--data", default="data/python", help="folder that prepare.py wrote")
     add("--out", help="folder to write (default: out/ and the name of the data folder)")
-    add("--resume", action="store_true", help="continue from last.pt in the out folder, with its flags")
+    add("--resume", action="store_true", help="continue from last.pt in --out, with its flags but --device")
     add("--model", choices=MODELS, help="(default: gpt2-92m with a CUDA GPU, otherwise nano)")
     for name, meaning in SIZES.items():
         add(f"--{name}", type=share if name == "dropout" else count, help=f"{meaning} (default: the model's)")

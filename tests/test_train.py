@@ -444,6 +444,15 @@ def test_a_mistake_is_told_in_one_line(fails, data, flags, says):
     assert not list(Path().glob("out/none/*.pt"))
 
 
+@pytest.mark.parametrize("name, content, says", [
+    ("val.bin", b"odd", "val.bin has 3 bytes, but meta.json says 400: run prepare.py again"),
+    ("train.bin", b"", "train.bin has 0 bytes, but meta.json says 3,600: run prepare.py again"),
+    ("meta.json", b'{"format": 1,', "meta.json is damaged, half-written, or of another version")])
+def test_data_that_is_not_whole_is_told_in_one_line(fails, data, name, content, says):
+    Path(data, name).write_bytes(content)
+    fails(main, QUICK, says)
+
+
 def test_a_dtype_that_does_not_run_on_the_device_is_refused(fails, data, monkeypatch):
     def autocast(device_type, dtype, enabled):
         if enabled:
