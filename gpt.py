@@ -22,6 +22,8 @@ Left out: training (train.py), text (prepare.py, sample.py), and all that came a
 import json
 import math
 import os
+import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,8 +58,11 @@ class GPTConfig:
                 raise ModelError(f"{name} must be a whole number above 0, not {value!r}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd must be divisible by n_head, but {self.n_embd} is not by {self.n_head}")
-        if not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        for name in ("bias", "tied"):
+            if type(getattr(self, name)) is not bool:
+                raise ModelError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
 
 MODELS = {
@@ -325,30 +330,30 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """Loads a GPT-2 folder in Hugging Face's layout (config.json, model.safetensors) onto the CPU, in
-        evaluation mode. Raises ModelError if a file is missing or damaged, or the model is not a GPT-2. Needs
-        the package safetensors."""
+        evaluation mode. Neither file can run code. Raises ModelError if one is missing or damaged, or the
+        model is not a GPT-2. Needs the package safetensors."""
         from safetensors.torch import load_file
         try:
             values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
             found = load_file(Path(folder, "model.safetensors"))
-        except Exception as error:
+            found = {name.removeprefix("transformer."): weight for name, weight in found.items()}
+            model = without_memory(config_from_hugging_face(values, bias="ln_f.bias" in found), found)
+            weights = {}
+            for name, ours in model.state_dict().items():
+                if name not in found:
+                    raise ModelError(f"the weight {name} is missing")
+                weight = found[name].T.contiguous() if is_transposed(name) else found[name]
+                if has_row_per_id(name):
+                    weight = F.pad(weight, (0, 0, 0, ours.shape[0] - model.config.vocab_size))
+                if weight.shape != ours.shape:
+                    raise ModelError(f"the weight {name} has shape {tuple(weight.shape)}, but by config.json "
+                                     f"it must have {tuple(ours.shape)}")
+                weights[name] = weight
+            model.load_state_dict(weights, assign=True)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from error
+        except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
             raise ModelError(f"{folder} has no config.json and model.safetensors that can be read") from error
-        found = {name.removeprefix("transformer."): weight for name, weight in found.items()}
-        config = config_from_hugging_face(values, bias="ln_f.bias" in found)
-        with torch.device("meta"):
-            model = cls(config)
-        weights = {}
-        for name, ours in model.state_dict().items():
-            if name not in found:
-                raise ModelError(f"{folder}: the weight {name} is missing")
-            weight = found[name].T.contiguous() if is_transposed(name) else found[name]
-            if has_row_per_id(name):
-                weight = F.pad(weight, (0, 0, 0, ours.shape[0] - config.vocab_size))
-            if weight.shape != ours.shape:
-                raise ModelError(f"{folder}: the weight {name} has shape {tuple(weight.shape)}, but by "
-                                 f"config.json it must have {tuple(ours.shape)}")
-            weights[name] = weight
-        model.load_state_dict(weights, assign=True)
         return model.eval()
 
     def save_pretrained(self, folder):
@@ -387,13 +392,20 @@ def pick(logits, temperature, top_k, top_p, generator):
 
 def save_checkpoint(path, model, meta):
     """Writes a model and meta, a dictionary of tensors and plain values. At any moment, path is either the
-    complete old file or the complete new one."""
+    complete old file or the complete new one. Raises OSError if there is no room, for example."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save({"config": asdict(model.config), "model": model.state_dict(), "meta": meta}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"config": asdict(model.config), "model": model.state_dict(), "meta": meta}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(temporary)
+        while error.__context__:        # torch.save may add errors of its own to the file's
+            error = error.__context__
+        raise error from None
 
 
 def load_checkpoint(path):
@@ -402,15 +414,41 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise ModelError(f"there is no checkpoint {path}")
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**content["config"]))
-        model.load_state_dict(content["model"], assign=True)
-        return model.eval(), content["meta"]
+        weights, meta = content["model"], content["meta"]
+        model = without_memory(GPTConfig(**content["config"]), weights)
+        # A tensor that is not contiguous could pretend to be larger than its memory.
+        if not all(weight.is_contiguous() for weight in weights.values()) or not isinstance(meta, dict):
+            raise ValueError("not what save_checkpoint writes")
+        model.load_state_dict(weights, assign=True)
+        return model.eval(), meta
     except OSError:
         raise
     except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
         raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error
+
+
+def check_archive(path):
+    """Raises an exception unless a file is a zip archive of the kind that torch.save writes: not compressed,
+    so that it takes no more memory than disk, and with right checksums, which torch.load does not check."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            plain = all(r.compress_type == zipfile.ZIP_STORED and r.external_attr == 0 for r in records)
+            size = sum(r.file_size for r in records)
+            if magic != b"PK\3\4" or not plain or size > os.path.getsize(path) or archive.testzip():
+                raise ValueError("damaged, or of another kind")
+
+
+def without_memory(config, names):
+    """Returns a model whose weights are shapes only, to be replaced by load_state_dict(..., assign=True) with
+    weights of these names. Raises ModelError if they do not contain the last block, before it builds any."""
+    if f"h.{config.n_layer - 1}.ln_1.weight" not in names:
+        raise ModelError(f"there are no weights for {config.n_layer} layers")
+    with torch.device("meta"):
+        return GPT(config)
 
 
 def has_row_per_id(name):

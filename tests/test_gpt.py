@@ -1,5 +1,8 @@
+import json
 import math
-from dataclasses import replace
+import os
+import zipfile
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -31,7 +34,9 @@ def test_each_model_has_exactly_its_published_number_of_parameters(name, paramet
     ({"n_embd": 10, "n_head": 3}, "but 10 is not by 3"),
     ({"n_layer": 0}, "n_layer must be a whole number above 0, not 0"),
     ({"block_size": 2.5}, "block_size must be a whole number above 0, not 2.5"),
-    ({"dropout": 1.0}, "dropout must be at least 0 and below 1")])
+    ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+    ({"dropout": "0"}, "dropout must be at least 0 and below 1, not '0'"),
+    ({"tied": 1}, "tied must be true or false, not 1")])
 def test_sizes_that_do_not_fit_are_refused_by_name(sizes, complaint):
     with pytest.raises(ModelError, match=complaint):
         GPTConfig(**sizes)
@@ -283,6 +288,74 @@ def test_a_missing_cut_or_foreign_checkpoint_is_refused(model, tmp_path):
     for name in ("cut.pt", "text.pt", "foreign.pt", "pickled.pt"):
         with pytest.raises(ModelError, match=f"{name} is damaged, cut short, or not a checkpoint"):
             load_checkpoint(name)
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(model, tmp_path):
+    save_checkpoint("whole.pt", model, {})
+    content = bytearray((tmp_path / "whole.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    with pytest.raises(ModelError, match=r"flipped.pt is damaged"):
+        load_checkpoint("flipped.pt")
+
+
+def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(model, tmp_path, monkeypatch):
+    save_checkpoint("model.pt", model, {"step": 1})
+    (tmp_path / "model.pt.tmp").symlink_to("/dev/full")     # a disk without room
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint("model.pt", model, {"step": 2})
+    assert load_checkpoint("model.pt")[1] == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("sizes", [
+    {"n_layer": 10 ** 9}, {"n_embd": 2 * 10 ** 12}, {"block_size": 10 ** 15}, {"vocab_size": 10 ** 15},
+    {"mlp_ratio": 10 ** 12}, {"n_layer": 10 ** 40}, {"n_embd": 10 ** 40}])
+def test_absurd_sizes_are_refused_before_memory_is_asked_for(model, tmp_path, sizes):
+    pytest.importorskip("safetensors")
+    weights = {"config": {**asdict(model.config), **sizes}, "model": model.state_dict(), "meta": {}}
+    torch.save(weights, "absurd.pt")
+    with pytest.raises(ModelError, match=r"absurd.pt is damaged"):
+        load_checkpoint("absurd.pt")
+    model.save_pretrained("folder")
+    path = tmp_path / "folder" / "config.json"
+    values = {**json.loads(path.read_text()), **sizes}
+    values["n_positions"] = values.get("block_size", 16)
+    values["n_inner"] = values.get("mlp_ratio", 4) * values["n_embd"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"^folder"):
+        GPT.from_pretrained("folder")
+
+
+def test_a_weight_that_pretends_to_be_larger_than_its_file_is_refused(model):
+    config = replace(model.config, block_size=10 ** 9)
+    weights = {**model.state_dict(), "wpe.weight": torch.zeros(1, 32).expand(10 ** 9, 32)}
+    torch.save({"config": asdict(config), "model": weights, "meta": {}}, "absurd.pt")
+    with pytest.raises(ModelError, match=r"absurd.pt is damaged"):
+        load_checkpoint("absurd.pt")
+
+
+def test_a_compressed_checkpoint_which_could_be_a_bomb_is_refused(model):
+    save_checkpoint("plain.pt", model, {})
+    with zipfile.ZipFile("plain.pt") as plain, zipfile.ZipFile("packed.pt", "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ModelError, match=r"packed.pt is damaged"):
+        load_checkpoint("packed.pt")
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_not_run(model, tmp_path, legacy):
+    content = {"config": asdict(model.config), "model": model.state_dict(), "meta": Command()}
+    torch.save(content, "evil.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ModelError, match=r"evil.pt is damaged"):
+        load_checkpoint("evil.pt")
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tied": False, "mlp_ratio": 2}, {"bias": False}], ids=str)
