@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-TOKENIZERS = ("gpt2", "bytes")
+TOKENIZERS = {"gpt2": 50257, "bytes": 257}      # and how many ids each has
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 FORMAT = 1                      # version of the files
 ID = np.dtype("<u2")            # an id on disk: little-endian uint16
@@ -329,15 +329,17 @@ def move_tail(path, tail_path, n_ids):
 
 
 def statistics(path, tokenizer):
-    """Counts the documents that end in a token file, the bytes of text that it encodes, and its ids."""
+    """Counts the documents that end in a token file, the bytes of text that it encodes, and its ids. CRC-32
+    tells files apart that have the same counts."""
     bytes_of = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     bytes_of[tokenizer.eot_token] = 0
-    times = np.zeros(tokenizer.n_vocab, dtype=np.int64)
+    times, crc32 = np.zeros(tokenizer.n_vocab, dtype=np.int64), 0
     with open(path, "rb") as file:
         while len(ids := np.fromfile(file, ID, CHUNK)):
             times += np.bincount(ids, minlength=tokenizer.n_vocab)
+            crc32 = zlib.crc32(ids, crc32)
     return {"documents": int(times[tokenizer.eot_token]), "bytes": int(times @ bytes_of),
-            "tokens": int(times.sum())}
+            "tokens": int(times.sum()), "crc32": crc32}
 
 
 def load_meta(folder):
@@ -349,7 +351,7 @@ def load_meta(folder):
         meta = json.loads(path.read_text(encoding="utf-8"))
         numbers = [meta["vocab_size"], *(meta[split][unit] for split in ("train", "val")
                                          for unit in ("documents", "bytes", "tokens"))]
-        whole = (meta["format"] == FORMAT and meta["tokenizer"] in TOKENIZERS
+        whole = (meta["format"] == FORMAT and meta["vocab_size"] == TOKENIZERS[meta["tokenizer"]]
                  and all(type(n) is int and n >= 0 for n in numbers))
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False

@@ -6,7 +6,8 @@
 
 out/NAME gets last.pt (weights, and all that --resume needs), best.pt (weights with the lowest validation
 loss), epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl (one JSON object per line) and,
-if matplotlib is installed, curves.png.
+if matplotlib is installed, curves.png. A run that is resumed, at whatever step it was stopped, computes bit
+for bit what it would have computed: what happens at a step depends on the seed, the step and last.pt alone.
 
 Run.train, near the end, tells the story; the parts it names come before it. Left out: models too large for
 one GPU.
@@ -16,8 +17,13 @@ import argparse
 import json
 import math
 import os
+import signal
+import sys
 import time
+import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +46,9 @@ RECIPES = {
              "eval_interval": 500, "eval_windows": 512, "log_interval": 50},
 }
 
+PATIENCE = timedelta(minutes=10)    # how long a rank waits for another, before it gives up
+SKIPS_IN_A_ROW = 20                 # how many float16 steps may be skipped before the run ends
+
 
 # ------------------------------------------------------------------------------------------------ world
 
@@ -47,12 +56,14 @@ class World:
     """The processes that train together. This one is number `rank` of `size`, and computes on `device`.
 
     All communication between them happens here. A single process is a world of size 1: it takes the same path
-    and has nobody to talk to. Raises UserError if there are more processes than GPUs.
+    and has nobody to talk to. Used in a `with` statement, it is left by all ranks together; if one fails, the
+    others end with a UserError that names it. Raises UserError if there are more processes than GPUs.
     """
 
     def __init__(self, device):
         self.rank = int(os.environ.get("RANK", "0"))
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.job = os.environ.get("TORCHELASTIC_RUN_ID", "none")    # the same when torchrun restarts us
         self.device = device
         if device.type == "cuda":
             gpu = int(os.environ["LOCAL_RANK"]) if self.size > 1 else device.index or 0
@@ -61,7 +72,10 @@ class World:
             self.device = torch.device("cuda", gpu)
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            self.store, _, _ = next(dist.rendezvous("env://"))      # keeps strings that all ranks can read
+            dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
+                rank=self.rank, world_size=self.size)
 
     def wrap(self, model):
         """Returns a wrapper of the model that leaves each rank with the mean gradient of all ranks."""
@@ -71,7 +85,6 @@ class World:
         """Returns a list: each number, summed over all ranks."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
-            tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor.tolist()
 
@@ -79,12 +92,38 @@ class World:
         if self.rank == 0:
             print(*words, flush=True)
 
-    def close(self):
-        """Leaves when all ranks do. A process that ends right after a reduction may crash, because gloo's
-        threads still hold the tensor, and torchrun would then stop rank 0 while it is saving."""
-        if self.size > 1:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.size > 1 and error is None:
+            # A process that ends right after a reduction may crash, because gloo's threads still hold the
+            # tensor, and torchrun would then stop rank 0 while it is saving.
             dist.barrier()
             dist.destroy_process_group()
+        elif self.size > 1 and isinstance(error, Exception):
+            self.explain(error)
+
+    def explain(self, error):
+        """Tells the other ranks why this one fails. If it fails because they do, or because of a mistake of
+        the user's, raises UserError, which says which rank it was and why."""
+        lost_another = isinstance(error, dist.DistError) or "gloo" in str(error)
+        reason = "" if lost_another else f"{type(error).__name__}: {error}".splitlines()[0]
+        with suppress(RuntimeError):        # from here on, nothing is certain to work
+            self.store.set(f"rank {self.rank}", reason)
+        if isinstance(error, (UserError, ModelError, OSError)):
+            raise UserError(f"rank {self.rank}: {error}") from error
+        if lost_another:
+            culprits = []
+            patience = time.monotonic() + 5     # the others need a moment to notice
+            for rank in range(self.size):
+                while not (told := self.store.check([f"rank {rank}"])) and time.monotonic() < patience:
+                    time.sleep(0.1)
+                if not told:
+                    culprits.append(f"rank {rank} does not answer: it was killed, or hangs")
+                elif reason := self.store.get(f"rank {rank}").decode():
+                    culprits.append(f"rank {rank} failed: {reason}")
+            raise UserError("; ".join(culprits) or f"rank {self.rank} lost its connection") from error
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -100,19 +139,25 @@ class Windows:
     def __len__(self):
         return (len(self.tokens) - 1 - self.block_size) // self.stride + 1
 
-    def read(self, indices, device):
-        """Returns the inputs and targets of these windows, each (len(indices), block_size), int64. Raises
-        UserError if an id is outside the vocabulary."""
+    def read(self, indices):
+        """Returns the ids of these windows, (len(indices), block_size + 1), uint16. Raises UserError if an id
+        is outside the vocabulary."""
         starts = np.asarray(indices, dtype=np.int64) * self.stride
         ids = self.tokens[starts[:, None] + np.arange(self.block_size + 1)]
         if ids.max() >= self.vocab_size:
             raise UserError(f"the data is damaged: it contains id {ids.max()}, but its vocabulary ends at "
                             f"{self.vocab_size - 1}: run prepare.py again")
-        ids = torch.from_numpy(ids.astype(np.int64))
-        if device.type == "cuda":
-            ids = ids.pin_memory()      # so that the copy need not wait for the GPU
-        ids = ids.to(device, non_blocking=True)
-        return ids[:, :-1], ids[:, 1:]
+        return ids
+
+
+def inputs_and_targets(ids, device):
+    """ids (B, T + 1), a NumPy array -> two int64 tensors (B, T) on the device: all but the last of each row,
+    and all but the first."""
+    ids = torch.from_numpy(ids.astype(np.int64))
+    if device.type == "cuda":
+        ids = ids.pin_memory()      # so that the copy need not wait for the GPU
+    ids = ids.to(device, non_blocking=True)
+    return ids[:, :-1], ids[:, 1:]
 
 
 def shuffled(places, n, seed):
@@ -150,10 +195,14 @@ class Batches:
     The global batch depends on nothing but the seed and the step. Ranks and micro-batches are slices of it:
     four processes with one micro-batch each and one process with four see the same ids. A micro-batch is as
     large as batch_size allows for all to be equal. Raises UserError if the ranks' shares would not be equal.
+
+    Step 0 begins at place 0 in the order of training, unless a run was resumed with another global batch
+    size: `origin` is where its steps would have had to begin to go on now where the old ones ended.
     """
 
-    def __init__(self, windows, global_batch_size, batch_size, seed, world):
+    def __init__(self, windows, global_batch_size, batch_size, seed, world, origin=0):
         self.windows, self.global_batch_size, self.seed, self.world = windows, global_batch_size, seed, world
+        self.origin = origin
         self.share, rest = divmod(global_batch_size, world.size)
         if rest:
             raise UserError(f"--global_batch_size {global_batch_size} is not a multiple of {world.size}, the "
@@ -161,15 +210,24 @@ class Batches:
         self.micro_batch_size = max(size for size in range(1, batch_size + 1) if self.share % size == 0)
 
     def __call__(self, step):
-        """Returns [(inputs, targets), ...], each (micro_batch_size, block_size)."""
-        first = step * self.global_batch_size + self.world.rank * self.share
+        """Returns [(inputs, targets), ...], each (micro_batch_size, block_size), and a checksum of their ids:
+        the ranks' checksums add up to the same sum, however many ranks there are."""
+        first = self.place(step) + self.world.rank * self.share
         indices = shuffled(range(first, first + self.share), len(self.windows), self.seed)
-        return [self.windows.read(indices[start:start + self.micro_batch_size], self.world.device)
-                for start in range(0, self.share, self.micro_batch_size)]
+        micro_batches, checksum = [], 0
+        for start in range(0, self.share, self.micro_batch_size):
+            ids = self.windows.read(indices[start:start + self.micro_batch_size])
+            checksum += sum(zlib.crc32(window, step) for window in ids)
+            micro_batches.append(inputs_and_targets(ids, self.world.device))
+        return micro_batches, checksum
+
+    def place(self, step):
+        """Returns the first place of that step in the order of training: how many windows come before it."""
+        return self.origin + step * self.global_batch_size
 
     def epochs(self, step):
         """Returns how many times that many steps have gone through the data."""
-        return step * self.global_batch_size / len(self.windows)
+        return self.place(step) / len(self.windows)
 
 
 # ----------------------------------------------------------------------------------------- optimization
@@ -194,8 +252,8 @@ def make_optimizer(model, weight_decay, device):
 
 
 def update(net, optimizer, scaler, autocast, micro_batches, lr, grad_clip):
-    """Takes one step of the optimizer, on the mean gradient of all micro-batches and ranks. Returns this
-    rank's mean loss and the gradient's norm before clipping, as tensors: reading them waits for the GPU."""
+    """Takes one step of the optimizer, on the mean gradient of all micro-batches and ranks, if it is finite.
+    Returns this rank's mean loss and the norm of the gradient before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     mean_loss = 0
@@ -207,11 +265,31 @@ def update(net, optimizer, scaler, autocast, micro_batches, lr, grad_clip):
         scaler.scale(loss).backward()       # scaled up, small gradients survive float16
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)              # clipping needs the true gradients
-    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
-    scaler.step(optimizer)                  # in float16 skipped if a gradient is not finite
+    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip).item()
+    if math.isfinite(grad_norm):
+        scaler.step(optimizer)
     scaler.update()                         # lowers the scale after a skipped step, raises it now and then
     optimizer.zero_grad()
-    return mean_loss, grad_norm
+    return mean_loss.item(), grad_norm
+
+
+@torch.no_grad()
+def first_not_finite(model, micro_batches, autocast):
+    """Returns the name of the first module whose output on these is not finite, or None."""
+    found = []
+
+    def look_at(module, inputs, output):
+        if not output.isfinite().all():
+            found.append(names[module])
+
+    names = {module: name or "the whole model" for name, module in model.named_modules()}
+    hooks = [module.register_forward_hook(look_at) for module in names]
+    with autocast:
+        for inputs, targets in micro_batches:
+            model(inputs, targets)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
 
 
 def seed_dropout(seed, step, rank):
@@ -243,19 +321,24 @@ def choose_dtype(name, device):
 
 
 @torch.no_grad()
-def evaluate(model, windows, n_windows, batch_size, autocast, world):
+def evaluate(model, windows, n_windows, batch_size, autocast, world, told_to_stop):
     """Returns the mean loss, in nats per id, over n_windows evenly spaced windows, and its standard error
-    (None if there is only one batch). Each rank evaluates a share of the windows."""
+    (None if there is only one batch). Each rank evaluates a share of the windows. If a rank is told to stop
+    meanwhile, all of them return None instead."""
     chosen = np.arange(n_windows) * len(windows) // n_windows
     mine = chosen[world.rank::world.size]
     seen = total = squares = batches = 0
     for start in range(0, len(mine), batch_size):
+        if told_to_stop():
+            break
         indices = mine[start:start + batch_size]
         with autocast:
-            loss = model(*windows.read(indices, world.device)).item()
+            loss = model(*inputs_and_targets(windows.read(indices), world.device)).item()
         seen, batches = seen + len(indices), batches + 1
         total, squares = total + len(indices) * loss, squares + len(indices) * loss ** 2
     seen, total, squares, batches = world.sum(seen, total, squares, batches)
+    if seen < n_windows:
+        return None
     mean = total / seen
     if batches == 1:
         return mean, None
@@ -274,7 +357,10 @@ class Log:
     def __init__(self, path, world, first_step, total_steps, ids_per_step):
         self.world, self.first_step, self.total_steps = world, first_step, total_steps
         self.ids_per_step = ids_per_step
-        self.file = open(path if world.rank == 0 else os.devnull, "a", encoding="utf-8")
+        self.path = path if world.rank == 0 else Path(os.devnull)
+        self.file = open(self.path, "ab", buffering=0)
+        if self.path.read_bytes()[-1:] not in (b"", b"\n"):     # the last row was cut short
+            self.file.write(b"\n")
         self.started = time.perf_counter()
         self.restart_clock(first_step)
 
@@ -282,12 +368,12 @@ class Log:
         """Tokens per second are counted from here, so that evaluations are not counted."""
         self.clock_step, self.clock = step, time.perf_counter()
 
-    def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale):
+    def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale, ids_hash):
         now = time.perf_counter()
         rate = (step - self.clock_step) * self.ids_per_step / (now - self.clock)
         left = (now - self.started) / (step - self.first_step) * (self.total_steps - step)
         self.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, loss_scale=loss_scale,
-                   tokens_per_second=rate, seconds=now - self.started)
+                   ids_hash=f"{ids_hash:08x}", tokens_per_second=rate, seconds=now - self.started)
         scale = f" | loss scale {loss_scale:g}" if loss_scale != 1 else ""
         self.world.print(f"step {step:,}/{self.total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | "
                          f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s | {duration(left)} left")
@@ -300,10 +386,21 @@ class Log:
                          f"{bits_per_byte:.3f} bits per byte")
 
     def write(self, **values):
-        """Appends a row. JSON has no infinity and no NaN: they become null."""
-        finite = {name: x if x is None or math.isfinite(x) else None for name, x in values.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        """Appends a row. JSON has no infinity and no NaN: they become null. Raises UserError if the disk is
+        full, for example."""
+        row = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in values.items()}
+        with cannot_write(self.path):
+            self.file.write(json.dumps(row).encode() + b"\n")
+
+
+@contextmanager
+def cannot_write(path):
+    """Turns an OSError into a UserError that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make room, then --resume continues from "
+                        "the last checkpoint") from error
 
 
 def draw_curves(log_path, picture_path):
@@ -340,33 +437,67 @@ def draw_curves(log_path, picture_path):
 
 # ------------------------------------------------------------------------------------------------ a run
 
+class StopSignal:
+    """In a `with` statement, told_to_stop() is whether SIGTERM or Ctrl-C has come, or the time is up, so that
+    a run can end in good order. A second Ctrl-C is a KeyboardInterrupt, as usual."""
+
+    def __init__(self, max_minutes, world):
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+        self.signalled, self.world = False, world
+
+    def __call__(self):
+        return self.signalled or time.monotonic() > self.deadline
+
+    def __enter__(self):
+        self.handlers = {name: signal.signal(name, self.receive) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for name, handler in self.handlers.items():
+            signal.signal(name, handler)
+
+    def receive(self, name, frame):
+        self.signalled = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.world.rank == 0:        # not print, which this may have interrupted
+            os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
+
+
 class Run:
     """One run, set up from its flags, args. saved is None or the checkpoint to continue, (model, meta)."""
 
-    def __init__(self, args, world, saved):
-        self.args, self.world = args, world
+    def __init__(self, args, world, told_to_stop, saved):
+        self.args, self.world, self.told_to_stop = args, world, told_to_stop
         self.data = load_meta(args.data)
         self.tokenizer = get_tokenizer(self.data["tokenizer"])
         sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
         config = replace(MODELS[args.model], vocab_size=self.data["vocab_size"], **sizes)
+        # Kept in args, and so in checkpoints: a resumed run takes the same steps on any number of processes.
+        args.stride = args.stride or config.block_size
+        args.global_batch_size = args.global_batch_size or args.batch_size * world.size
         windows, self.val_windows = self.load_windows("train", config), self.load_windows("val", config)
         dtype = choose_dtype(args.dtype, world.device)
         self.autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-
-        # Kept in args, and so in checkpoints: a resumed run takes the same steps on any number of processes.
-        args.global_batch_size = args.global_batch_size or args.batch_size * world.size
-        self.batches = Batches(windows, args.global_batch_size, args.batch_size, args.seed, world)
-        self.total_steps = args.max_steps or math.ceil(args.epochs * len(windows) / args.global_batch_size)
-        self.warmup_steps = round(args.warmup * self.total_steps)
 
         torch.manual_seed(args.seed)
         self.model = GPT(config).to(world.device)
         self.optimizer = make_optimizer(self.model, args.weight_decay, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        self.step, self.best_val_loss = 0, math.inf
+        self.step = 0               # how many have been taken,
+        self.windows_read = 0       # and how many windows they read
+        self.ids_hash = 0           # of all their ids: the sum over all ranks, modulo 2^32
+        self.skipped = 0            # how many of them were skipped lately, in a row
+        self.evaluated = 0          # the step of the last evaluation,
+        self.best_val_loss = math.inf   # and the lowest loss of any
         if saved:
             self.restore(*saved)
         self.net = world.wrap(torch.compile(self.model) if args.compile else self.model)   # only to train
+
+        origin = self.windows_read - self.step * args.global_batch_size
+        self.batches = Batches(windows, args.global_batch_size, args.batch_size, args.seed, world, origin)
+        self.total_steps = args.max_steps or math.ceil(
+            (args.epochs * len(windows) - origin) / args.global_batch_size)
+        self.warmup_steps = round(args.warmup * self.total_steps)
 
         self.out = Path(args.out)
         if world.rank == 0:
@@ -387,38 +518,78 @@ class Run:
         if len(tokens) < config.block_size + 1:
             raise UserError(f"{self.args.data}/{split}.bin has only {len(tokens):,} ids and a window needs "
                             f"{config.block_size + 1:,}: prepare more text, or lower --block_size")
-        return Windows(tokens, config.block_size, self.args.stride or config.block_size, config.vocab_size)
+        return Windows(tokens, config.block_size, self.args.stride, config.vocab_size)
 
     def train(self):
-        args = self.args
-        while self.step < self.total_steps:
+        """Takes one step after another and evaluates now and then, to the last step or until told to stop."""
+        args, world = self.args, self.world
+        if self.step == 0:
+            self.save_last()        # a disk that is full or write-protected is better found out at once
+        while not world.sum(self.told_to_stop())[0]:
+            if self.evaluation_is_due():
+                self.evaluate()
+                continue
+            if self.step == self.total_steps:
+                return
             lr = learning_rate(
                 self.step, self.total_steps, self.warmup_steps, args.lr, args.min_lr, args.schedule)
-            seed_dropout(args.seed, self.step, self.world.rank)
-            loss, grad_norm = update(self.net, self.optimizer, self.scaler, self.autocast,
-                                     self.batches(self.step), lr, args.grad_clip)
+            seed_dropout(args.seed, self.step, world.rank)
+            micro_batches, checksum = self.batches(self.step)
+            loss, grad_norm = update(self.net, self.optimizer, self.scaler, self.autocast, micro_batches, lr,
+                                     args.grad_clip)
+            self.check_finite(loss, grad_norm, lr, micro_batches)
             self.step += 1
+            self.ids_hash = (self.ids_hash + checksum) % 2 ** 32
             if self.step == 1 or self.step % args.log_interval == 0:
-                loss = self.world.sum(loss.item())[0] / self.world.size
+                loss, ids_hash = world.sum(loss / world.size, self.ids_hash)
                 self.log.training(self.step, epoch=self.batches.epochs(self.step), loss=loss, lr=lr,
-                                  grad_norm=grad_norm.item(), loss_scale=self.scaler.get_scale())
-            if self.step % args.eval_interval == 0 or self.step == self.total_steps:
-                self.evaluate()
+                                  grad_norm=grad_norm, loss_scale=self.scaler.get_scale(),
+                                  ids_hash=int(ids_hash) % 2 ** 32)
             if epoch := self.epoch_to_keep():
                 self.save(f"epoch_{epoch:04}.pt")
+        self.save_last()
+        world.print(f"stopped after step {self.step:,} of {self.total_steps:,} and saved: the same command "
+                    "with --resume goes on from there")
+
+    def check_finite(self, loss, grad_norm, lr, micro_batches):
+        """Counts the steps that were skipped in a row, because the loss or the gradient was not finite. In
+        float16 a lower loss scale may help; otherwise, or after too many of them, raises UserError."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.scaler.is_enabled() and self.skipped < SKIPS_IN_A_ROW:
+            return
+        seed_dropout(self.args.seed, self.step, self.world.rank)
+        module = first_not_finite(self.model, micro_batches, self.autocast)
+        where = f"not finite first in {module}" if module else "finite in all modules"
+        raise UserError(
+            f"step {self.step + 1:,} has loss {loss:g} and a gradient of norm {grad_norm:g} at learning rate "
+            f"{lr:.3g} and loss scale {self.scaler.get_scale():g}; run again, outputs are {where}: "
+            "return to the last checkpoint with --resume and a lower --lr")
+
+    def evaluation_is_due(self):
+        """Whether the model has to be evaluated after the last step, and was not: also if an evaluation was
+        cut short when the run was stopped."""
+        due = self.step % self.args.eval_interval == 0 or self.step == self.total_steps
+        return due and self.evaluated < self.step
 
     def evaluate(self):
         """Measures the validation loss, saves checkpoints, shows how the model starts a document."""
         self.model.eval()
         n_windows = min(self.args.eval_windows or math.inf, len(self.val_windows))
-        val_loss, val_stderr = evaluate(self.model, self.val_windows, n_windows, self.args.eval_batch_size,
-                                        self.autocast, self.world)
+        result = evaluate(self.model, self.val_windows, n_windows, self.args.eval_batch_size, self.autocast,
+                          self.world, self.told_to_stop)
+        if result is None:
+            return
+        val_loss, val_stderr = result
         bits_per_byte = val_loss / math.log(2) * self.data["val"]["tokens"] / self.data["val"]["bytes"]
         self.log.validation(self.step, val_loss=val_loss, val_stderr=val_stderr, bits_per_byte=bits_per_byte)
+        self.evaluated = self.step
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             self.save("best.pt")
-        self.save("last.pt", optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
+        self.save_last()
         if self.world.rank == 0:
             if math.isfinite(val_loss):
                 parts = complete(self.model, self.tokenizer, "", 150, temperature=0.8, top_k=50)
@@ -434,23 +605,58 @@ class Run:
         before, now = (int(self.batches.epochs(step)) // every * every for step in (self.step - 1, self.step))
         return now if now > before else 0
 
+    def save_last(self):
+        """Writes last.pt, with all that restore needs."""
+        [ids_hash] = self.world.sum(self.ids_hash)
+        self.save("last.pt", processes=self.world.size, job=self.world.job,
+                  windows_read=self.batches.place(self.step), ids_hash=int(ids_hash) % 2 ** 32,
+                  skipped=self.skipped, evaluated=self.evaluated,
+                  optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
+
     def save(self, name, **more):
         if self.world.rank == 0:
-            save_checkpoint(self.out / name, self.model, {
-                "step": self.step, "best_val_loss": self.best_val_loss, "data": self.data,
-                "args": vars(self.args), **more})
+            with cannot_write(self.out / name):
+                save_checkpoint(self.out / name, self.model, {
+                    "step": self.step, "best_val_loss": self.best_val_loss, "data": self.data,
+                    "args": vars(self.args), **more})
 
     def restore(self, saved_model, meta):
-        """Continues where a checkpoint ends. Raises UserError if its model or its data are not the same."""
-        before = {**asdict(saved_model.config), **meta["data"]}
-        for name, now in {**asdict(self.model.config), **self.data}.items():
-            if now != before[name]:
-                raise UserError(f"cannot resume: {name} was {before[name]} in that run, but is {now} now")
-        self.model.load_state_dict(saved_model.state_dict())
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": meta["optimizer"]})
-        if self.scaler.is_enabled() and meta["scaler"]:
-            self.scaler.load_state_dict(meta["scaler"])
-        self.step, self.best_val_loss = meta["step"], meta["best_val_loss"]
+        """Continues where a checkpoint ends. Raises UserError if its model or its data are not the same, or
+        if it is damaged."""
+        try:
+            before = unchangeable(saved_model.config, meta["data"], meta["args"])
+            for name, now in unchangeable(self.model.config, self.data, vars(self.args)).items():
+                then = before.get(name)
+                if now != then:
+                    raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
+            self.model.load_state_dict(saved_model.state_dict())
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": meta["optimizer"]})
+            for weight, state in self.optimizer.state.items():
+                if not weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                    raise ValueError("the state of the optimizer does not fit the weights")
+            if self.scaler.is_enabled() and meta["scaler"]:
+                self.scaler.load_state_dict(meta["scaler"])
+            self.step, self.windows_read, self.skipped, self.evaluated, processes = (
+                int(meta[name]) for name in ("step", "windows_read", "skipped", "evaluated", "processes"))
+            self.ids_hash = int(meta["ids_hash"]) if self.world.rank == 0 else 0
+            self.best_val_loss = float(meta["best_val_loss"])
+        except UserError:
+            raise
+        except Exception as error:      # as in load_checkpoint, the file's fault
+            raise UserError("cannot resume: last.pt is damaged, or of another version") from error
+        if self.world.sum(self.step) != [self.step * self.world.size]:
+            raise UserError("cannot resume: the ranks found different checkpoints: --out must be on a disk "
+                            "that all machines share")
+        if processes != self.world.size:
+            self.world.print(f"this run had {processes} processes, and now has {self.world.size}: its steps "
+                             "read the same ids as before, and may differ in rounding")
+
+
+def unchangeable(config, data, args):
+    """Returns what has to be the same when a run is resumed: the model, the data and their order."""
+    counts = {f"{split}.{name}": number for split in ("train", "val") for name, number in data[split].items()}
+    return {**asdict(config), "tokenizer": data["tokenizer"], **counts,
+            "stride": args["stride"], "seed": args["seed"]}
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -462,7 +668,7 @@ def make_parser():
     at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
     share = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
     add = parser.add_argument
-    add("--data", default="data/python", help="folder that prepare.py wrote")
+    add("--data", help="folder that prepare.py wrote (default: data/python)")
     add("--out", help="folder to write (default: out/ and the name of the data folder)")
     add("--resume", action="store_true", help="continue from last.pt in --out, with its flags but --device")
     add("--model", choices=MODELS, help="(default: gpt2-92m with a CUDA GPU, otherwise nano)")
@@ -490,41 +696,62 @@ def make_parser():
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
     add("--seed", type=seed, default=1337, help="of the initial weights, the order of the data, and dropout")
+    add("--max_minutes", type=positive, help="stop in good order after so long, as Ctrl-C does")
     return parser
 
 
+def find_checkpoint(path, resume, job):
+    """Returns the checkpoint to continue, (model, meta), or None for a new run. A job that torchrun restarts
+    after a failure continues its own. Raises UserError if a new run would overwrite another."""
+    if not path.exists() and not resume:
+        return None
+    model, meta = load_checkpoint(path)
+    if not isinstance(meta.get("optimizer"), dict) or not isinstance(meta.get("args"), dict):
+        raise UserError(f"{path} cannot be resumed: it has weights, but not the state of an optimizer")
+    if resume or meta.get("job") == job != "none":
+        return model, meta
+    if meta.get("step") == 0:
+        return None         # a run that came to nothing
+    raise UserError(f"{path} is from an earlier run: --resume continues it, another --out keeps it")
+
+
+def as_flags(values):
+    """{"lr": 0.1, "epochs": None, "compile": True} -> ["--lr=0.1", "--compile"]"""
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()
+            if value is not None and value is not False]
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     given = parser.parse_args(argv)
-    with one_line_errors(UserError, ModelError, OSError):
-        device = choose_device(given.device)
-        out = given.out or os.path.join("out", os.path.basename(os.path.abspath(given.data)))
-        last = Path(out, "last.pt")
-        if last.exists() and not given.resume:
-            raise UserError(f"{last} is from an earlier run: --resume continues it, another --out keeps it")
-        saved = load_checkpoint(last) if given.resume else None
-        if saved and "optimizer" not in saved[1]:
-            raise UserError(f"{last} cannot be resumed: it has weights, but not the state of an optimizer")
-
-        # Flags that are not given come from the run to be resumed, or else from the model's recipe.
+    out = given.out or os.path.join("out", os.path.basename(os.path.abspath(given.data or "data/python")))
+    with one_line_errors(UserError, ModelError, OSError), World(choose_device(given.device)) as world:
+        saved = find_checkpoint(Path(out, "last.pt"), given.resume, world.job)
+        # Flags that are not given come from the run to be resumed, or else from the model's recipe. They are
+        # parsed like the others, so that those from a file are checked.
         if saved:
-            defaults = saved[1]["args"]
+            defaults = dict(saved[1]["args"])
+            data = Path(str(defaults.get("data")))
+            if given.data is None and (data.is_absolute() or ".." in data.parts):
+                raise UserError(f"this run read {data}, which is not in this folder: to allow it, add --data")
         else:
-            model = given.model or ("gpt2-92m" if device.type == "cuda" else "nano")
-            defaults = {"model": model, **RECIPES.get(model, {"epochs": 20})}
+            model = given.model or ("gpt2-92m" if world.device.type == "cuda" else "nano")
+            defaults = {"data": "data/python", "model": model, **RECIPES.get(model, {"epochs": 20})}
         if given.epochs or given.max_steps:
-            defaults = {**defaults, "epochs": None, "max_steps": None}
-        parser.set_defaults(**{**defaults, "out": out})
-        args = parser.parse_args(argv)
+            defaults["epochs"] = defaults["max_steps"] = None
+        args = parser.parse_args([*as_flags(defaults), *argv])
+        if not (args.data and args.model and (args.epochs or args.max_steps)):
+            raise UserError(f"{out}/last.pt cannot be resumed: its flags are not complete")
+        args.out = out
 
-        world = World(device)
         why = "" if given.model or given.device or saved else (
-            ", as there is a CUDA GPU" if device.type == "cuda" else ", as there is no CUDA GPU")
-        world.print(f"training {args.model} on {device.type}{why}; writing to {out}")
-        run = Run(args, world, saved)
-        del saved       # its memory is not needed any more
-        run.train()
-        world.close()
+            ", as there is a CUDA GPU" if world.device.type == "cuda" else ", as there is no CUDA GPU")
+        world.print(f"training {args.model} on {world.device.type}{why}; writing to {out}")
+        with StopSignal(args.max_minutes, world) as told_to_stop:
+            run = Run(args, world, told_to_stop, saved)
+            del saved       # its memory is not needed any more
+            run.train()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import gpt
 import prepare
+import train
 
 ROOT = Path(__file__).parent.parent
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -75,3 +77,22 @@ def fails(capsys):
         assert last.startswith("error: ") and last.count("\n") == 1, last
         assert says in last, last
     return check
+
+
+QUICK = ["--data", "data/text", "--model", "tiny", "--batch_size", "4", "--lr", "1e-2", "--dtype", "float32"]
+
+
+def run(*flags, out="out/text"):
+    """Trains a tiny model on the fixture `data`. Returns what last.pt then holds, (model, meta)."""
+    train.main([*QUICK, "--out", out, *map(str, flags)])
+    return gpt.load_checkpoint(f"{out}/last.pt")
+
+
+def log(out="out/text"):
+    """The rows of a log."""
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(a, b, tolerance=0.0):
+    return all(torch.allclose(x, y, atol=tolerance, rtol=0) for x, y in zip(
+        a.state_dict().values(), b.state_dict().values(), strict=True))

@@ -55,5 +55,5 @@ def test_two_ranks_report_the_losses_of_one_process_and_once(runs):
 def test_two_ranks_end_on_a_users_mistake_without_a_traceback_of_ours(data):
     result = train(2, "--global_batch_size", 7)
     assert result.returncode != 0
-    assert "error: --global_batch_size 7 is not a multiple of 2, the number of processes" in result.stderr
+    assert "error: rank 1: --global_batch_size 7 is not a multiple of 2, the number of" in result.stderr
     assert "train.py\", line" not in result.stderr

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -151,10 +152,11 @@ def test_meta_json_counts_documents_bytes_and_tokens_of_each_split(tokenizer):
     meta, encoding = load_meta("data/a"), get_tokenizer(tokenizer)
     assert meta["format"] == 1 and meta["vocab_size"] == encoding.n_vocab and meta["tokenizer"] == tokenizer
     for split in ("train", "val"):
+        content = Path("data/a", f"{split}.bin").read_bytes()
         ids = load_tokens("data/a", split).tolist()
         text = [i for i in ids if i != encoding.eot_token]
         assert meta[split] == {"documents": len(ids) - len(text), "bytes": len(encoding.decode_bytes(text)),
-                               "tokens": len(ids)}
+                               "tokens": len(ids), "crc32": zlib.crc32(content)}
 
 
 @pytest.mark.parametrize("workers", [2, 5])

@@ -1,0 +1,226 @@
+"""A resumed run is the run it would have been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, ROOT, log, run, same_weights
+
+import gpt
+import prepare
+import train
+from train import main
+
+RESUME = ["--out", "out/text", "--resume"]
+
+
+def stop_after(monkeypatch, step):
+    """Lets SIGTERM come in the middle of that step, counted from 1."""
+    update, calls = train.update, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(train, "update", interrupted)
+
+
+def equal(a, b):
+    """Whether two checkpoints are equal in every bit, but for the name of the folder."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(
+            equal(a[name], b[name]) for name in a if name not in ("out", "resume"))
+    return a == b
+
+
+def steps(out):
+    """What a log says of each step, but for its times. A later row replaces an earlier one."""
+    rows = {}
+    for row in log(out):
+        rows["loss" in row, row["step"]] = {name: value for name, value in row.items()
+                                            if name not in ("seconds", "tokens_per_second")}
+    return rows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_run_that_is_stopped_at_any_step_and_resumed_is_equal_in_every_bit(data, monkeypatch, dtype):
+    # A step has 40 windows, an epoch 112. In float16, the first steps overflow, and later the scale grows.
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(
+        *a, **k, init_scale=2.0 ** 22, growth_interval=2))
+    flags = ["--dtype", dtype, "--dropout", 0.1, "--batch_size", 8, "--global_batch_size", 40,
+             "--max_steps", 9, "--log_interval", 1, "--eval_interval", 4]
+    whole, meta = run(*flags, out="out/whole")
+    if dtype == "float16":
+        scales = [row["loss_scale"] for row in log("out/whole") if "loss" in row]
+        assert min(scales) < scales[0] and max(scales[5:]) > min(scales)
+    for step in range(1, 9):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            _, stopped = run(*flags)
+        assert stopped["step"] == step
+        main(RESUME)
+        resumed, meta_of_resumed = gpt.load_checkpoint("out/text/last.pt")
+        assert same_weights(whole, resumed) and equal(meta, meta_of_resumed)
+        assert steps("out/text") == steps("out/whole")
+        assert same_weights(*(gpt.load_checkpoint(f"out/{name}/best.pt")[0] for name in ("whole", "text")))
+        shutil.rmtree("out/text")
+
+
+def test_a_run_that_is_stopped_at_every_step_is_equal_in_every_bit(data, monkeypatch):
+    flags = ["--dropout", 0.1, "--max_steps", 5, "--eval_interval", 2, "--log_interval", 1]
+    whole, meta = run(*flags, out="out/whole")
+    for step in range(1, 6):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 1)
+            run(*flags, *(["--resume"] if step > 1 else []))
+        assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == step
+    main(RESUME)        # the last evaluation remains
+    resumed, meta_of_resumed = gpt.load_checkpoint("out/text/last.pt")
+    assert same_weights(whole, resumed) and equal(meta, meta_of_resumed)
+    assert steps("out/text") == steps("out/whole")
+
+
+def test_an_evaluation_that_is_cut_short_is_made_up_for(data, monkeypatch):
+    flags = ["--max_steps", 4, "--eval_interval", 2, "--eval_batch_size", 1]
+    run(*flags, out="out/whole")
+    read, reads = train.Windows.read, []
+
+    def interrupted(self, indices):
+        reads.append(len(indices))
+        if reads.count(1) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Windows, "read", interrupted)
+        run(*flags)
+    assert reads == [4, 4, 1, 1, 1] and not Path("out/text/best.pt").exists()
+    main(RESUME)
+    assert steps("out/text") == steps("out/whole")
+
+
+def test_a_copy_goes_on_in_another_folder_with_other_flags(data):
+    run("--max_steps", 2, "--weight_decay", 0.5, "--global_batch_size", 8)
+    shutil.copytree("out/text", "out/copy")
+    main(["--out", "out/copy", "--resume", "--epochs", "1", "--lr", "1e-3", "--batch_size", "1",
+          "--eval_interval", "7"])
+    _, meta = gpt.load_checkpoint("out/copy/last.pt")
+    args = meta["args"]
+    assert (args["epochs"], args["max_steps"], args["lr"], args["batch_size"]) == (1, None, 1e-3, 1)
+    assert (args["weight_decay"], args["global_batch_size"], args["data"]) == (0.5, 8, data)
+    assert meta["step"] == 112 / 8
+    assert [row["step"] for row in log("out/copy") if "val_loss" in row] == [2, 7, 14]
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+def test_another_global_batch_size_goes_on_where_the_old_one_ended(data, monkeypatch):
+    run("--max_steps", 3, "--global_batch_size", 8)
+    places, shuffled = [], train.shuffled
+    monkeypatch.setattr(train, "shuffled", lambda *args: places.extend(args[0]) or shuffled(*args))
+    main([*RESUME, "--global_batch_size", "16", "--epochs", "1"])
+    assert places == list(range(24, 120))       # in steps of 16 to the end of the epoch of 112 windows
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 3 + 6
+    places.clear()
+    main([*RESUME, "--global_batch_size", "4", "--max_steps", "11"])
+    assert places == list(range(120, 128))
+    assert log()[-2]["step"] == 10 and log()[-2]["epoch"] == pytest.approx(124 / 112)
+
+
+def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
+    run("--max_steps", 20)
+    main([*RESUME, "--max_steps", "21", "--lr", "100"])
+    assert gpt.load_checkpoint("out/text/best.pt")[1]["step"] == 20
+
+
+def test_the_log_goes_on_after_a_row_that_was_cut_short(data):
+    run("--max_steps", 1)
+    with open("out/text/log.jsonl", "a") as file:
+        file.write('{"step": 2, "los')
+    main([*RESUME, "--max_steps", "2"])
+    lines = Path("out/text/log.jsonl").read_text().splitlines()
+    assert lines[2] == '{"step": 2, "los' and json.loads(lines[3])["step"] == 2
+
+
+# ----------------------------------------------------------------------------------- what is not resumed
+
+@pytest.mark.parametrize("flag, value, says", [
+    ("block_size", 8, "block_size was 16 in that run, but is 8 now"),
+    ("n_layer", 1, "n_layer was 2 in that run, but is 1 now"),
+    ("dropout", 0.5, "dropout was 0.0 in that run, but is 0.5 now"),
+    ("stride", 8, "stride was 16 in that run, but is 8 now"),
+    ("seed", 1, "seed was 1337 in that run, but is 1 now")])
+def test_another_model_or_order_of_the_data_is_refused_with_both_values(fails, data, flag, value, says):
+    run("--max_steps", 1)
+    fails(main, [*RESUME, f"--{flag}", value], f"cannot resume: {says}")
+
+
+@pytest.mark.parametrize("text, says", [
+    ("Other text. " * 100, "train.bytes was 1800 in that run, but is 1080 now"),
+    ("Same size.\n" * 181 + "12345678", "train.crc32 was")])
+def test_other_data_are_refused_with_both_values(fails, data, text, says):
+    run("--max_steps", 1)
+    Path("text.txt").write_text(text)
+    prepare.prepare(["text.txt"], data, "bytes")
+    fails(main, RESUME, f"cannot resume: {says}")
+
+
+def test_an_earlier_run_is_not_overwritten(fails, data):
+    model, _ = run("--max_steps", 2)
+    fails(main, QUICK, "last.pt is from an earlier run: --resume continues it, another --out keeps it")
+    assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
+
+
+def test_a_run_that_took_no_step_is_overwritten(data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", None)
+        with pytest.raises(TypeError):
+            run("--max_steps", 2, "--lr", 0.1)
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 0
+    assert run("--max_steps", 1)[1]["args"]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_a_checkpoint_that_cannot_be_read_cannot_be_resumed(fails, data, content):
+    Path("out/text").mkdir(parents=True)
+    Path("out/text/last.pt").write_bytes(content)
+    fails(main, [*QUICK, "--resume"], "last.pt is damaged, cut short, or not a checkpoint")
+
+
+def test_weights_without_an_optimizer_cannot_be_resumed(fails, data):
+    run("--max_steps", 2)
+    Path("out/text/best.pt").replace("out/text/last.pt")
+    fails(main, RESUME, "cannot be resumed: it has weights, but not the state of an optimizer")
+
+
+# ------------------------------------------------------------------------------------------------ scale
+
+def test_a_hundred_billion_ids_start_within_seconds_and_below_a_gigabyte(data):
+    n = 100_000_000_000
+    meta = json.loads(Path(data, "meta.json").read_text())
+    meta["train"]["tokens"] = n
+    Path(data, "meta.json").write_text(json.dumps(meta))
+    try:
+        os.truncate(f"{data}/train.bin", 2 * n)         # a hole, which takes no room on the disk
+    except OSError as error:
+        pytest.skip(f"this file system has no files of 200 GB: {error}")
+    program = ("import resource, time, train\n"
+               "started = time.perf_counter()\n"
+               "train.main(['--data', 'data/text', '--max_steps', '3', '--eval_windows', '4'])\n"
+               "print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    seconds, kilobytes = map(float, result.stdout.splitlines()[-1].split())
+    assert "781,249,999 windows of 128 ids" in result.stdout
+    assert seconds < 30 and kilobytes < 1_000_000
