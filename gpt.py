@@ -423,7 +423,7 @@ def load_checkpoint(path):
             raise ValueError("not what save_checkpoint writes")
         model.load_state_dict(weights, assign=True)
         return model.eval(), meta
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
         raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 
 def number(kind, fits, description):
@@ -72,7 +72,7 @@ def number(kind, fits, description):
     return parse
 
 
-count = number(int, lambda n: n >= 1, "a whole number above 0")
+count = number(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
 positive = number(float, lambda x: 0 < x < float("inf"), "a number above 0")
 seed = number(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
 
@@ -83,7 +83,7 @@ def one_line_errors(*kinds):
     try:
         yield
     except kinds as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)       # one line, whatever is quoted
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gpt import ModelError, load_checkpoint
-from prepare import Parser, UserError, count, get_tokenizer, number, one_line_errors, seed
+from prepare import TOKENIZERS, Parser, UserError, count, get_tokenizer, number, one_line_errors, seed
 
 
 def choose_device(name=None):
@@ -96,9 +96,10 @@ def main(argv=None):
         device = choose_device(args.device)
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
         model, meta = load_checkpoint(args.checkpoint or newest_checkpoint())
-        if "data" not in meta:
+        name = str(meta["data"].get("tokenizer")) if isinstance(meta.get("data"), dict) else None
+        if TOKENIZERS.get(name) != model.config.vocab_size:
             raise UserError("the checkpoint does not name its tokenizer: it was not written by train.py")
-        tokenizer = get_tokenizer(meta["data"]["tokenizer"])
+        tokenizer = get_tokenizer(name)
         length, block_size = len(tokenizer.encode_ordinary(prompt)), model.config.block_size
         if length > block_size:
             print(f"the prompt has {length:,} ids: the model sees the last {block_size:,}", file=sys.stderr)

@@ -72,7 +72,10 @@ class World:
             self.device = torch.device("cuda", gpu)
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            self.store, _, _ = next(dist.rendezvous("env://"))      # keeps strings that all ranks can read
+            # All ranks can read and write the strings in this store. They outlive the ranks, and those that
+            # torchrun starts again must not find the old ones.
+            store, _, _ = next(dist.rendezvous("env://"))
+            self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
                 rank=self.rank, world_size=self.size)
@@ -207,7 +210,8 @@ class Batches:
         if rest:
             raise UserError(f"--global_batch_size {global_batch_size} is not a multiple of {world.size}, the "
                             "number of processes: change one of them")
-        self.micro_batch_size = max(size for size in range(1, batch_size + 1) if self.share % size == 0)
+        sizes = range(1, min(batch_size, self.share) + 1)
+        self.micro_batch_size = max(size for size in sizes if self.share % size == 0)
 
     def __call__(self, step):
         """Returns [(inputs, targets), ...], each (micro_batch_size, block_size), and a checksum of their ids:
@@ -357,10 +361,11 @@ class Log:
     def __init__(self, path, world, first_step, total_steps, ids_per_step):
         self.world, self.first_step, self.total_steps = world, first_step, total_steps
         self.ids_per_step = ids_per_step
-        self.path = path if world.rank == 0 else Path(os.devnull)
-        self.file = open(self.path, "ab", buffering=0)
-        if self.path.read_bytes()[-1:] not in (b"", b"\n"):     # the last row was cut short
-            self.file.write(b"\n")
+        self.path = path if world.rank == 0 else os.devnull
+        with cannot_write(self.path):
+            self.file = open(self.path, "ab+", buffering=0)
+            if self.file.tell() and (self.file.seek(-1, os.SEEK_END), self.file.read(1))[1] != b"\n":
+                self.file.write(b"\n")      # the last row was cut short
         self.started = time.perf_counter()
         self.restart_clock(first_step)
 
@@ -395,12 +400,12 @@ class Log:
 
 @contextmanager
 def cannot_write(path):
-    """Turns an OSError into a UserError that names the file and the way out."""
+    """Turns an OSError into a UserError that names the file and what to do."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room, then --resume continues from "
-                        "the last checkpoint") from error
+        raise UserError(f"cannot write {path} ({error.strerror}): mend that, or choose another --out; what "
+                        "was saved before can be resumed") from error
 
 
 def draw_curves(log_path, picture_path):
@@ -441,12 +446,14 @@ class StopSignal:
     """In a `with` statement, told_to_stop() is whether SIGTERM or Ctrl-C has come, or the time is up, so that
     a run can end in good order. A second Ctrl-C is a KeyboardInterrupt, as usual."""
 
-    def __init__(self, max_minutes, world):
-        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
-        self.signalled, self.world = False, world
+    def __init__(self):
+        self.signalled, self.deadline = False, math.inf
 
     def __call__(self):
         return self.signalled or time.monotonic() > self.deadline
+
+    def allow(self, minutes):
+        self.deadline = time.monotonic() + 60 * minutes
 
     def __enter__(self):
         self.handlers = {name: signal.signal(name, self.receive) for name in (signal.SIGINT, signal.SIGTERM)}
@@ -459,7 +466,7 @@ class StopSignal:
     def receive(self, name, frame):
         self.signalled = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.world.rank == 0:        # not print, which this may have interrupted
+        if os.environ.get("RANK", "0") == "0":      # not print, which this may have interrupted
             os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
 
@@ -479,8 +486,13 @@ class Run:
         dtype = choose_dtype(args.dtype, world.device)
         self.autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
 
-        torch.manual_seed(args.seed)
-        self.model = GPT(config).to(world.device)
+        model, meta = saved or (None, None)
+        if saved:
+            check_same_run(model.config, meta, config, self.data, args)
+        else:
+            torch.manual_seed(args.seed)
+            model = GPT(config)
+        self.model = model.to(world.device).train()
         self.optimizer = make_optimizer(self.model, args.weight_decay, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.step = 0               # how many have been taken,
@@ -490,7 +502,7 @@ class Run:
         self.evaluated = 0          # the step of the last evaluation,
         self.best_val_loss = math.inf   # and the lowest loss of any
         if saved:
-            self.restore(*saved)
+            self.restore(meta)
         self.net = world.wrap(torch.compile(self.model) if args.compile else self.model)   # only to train
 
         origin = self.windows_read - self.step * args.global_batch_size
@@ -501,7 +513,8 @@ class Run:
 
         self.out = Path(args.out)
         if world.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
+            with cannot_write(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
         ids_per_step = args.global_batch_size * config.block_size
         self.log = Log(self.out / "log.jsonl", world, self.step, self.total_steps, ids_per_step)
         micro = self.batches.micro_batch_size
@@ -529,7 +542,7 @@ class Run:
             if self.evaluation_is_due():
                 self.evaluate()
                 continue
-            if self.step == self.total_steps:
+            if self.step >= self.total_steps:
                 return
             lr = learning_rate(
                 self.step, self.total_steps, self.warmup_steps, args.lr, args.min_lr, args.schedule)
@@ -583,7 +596,8 @@ class Run:
         if result is None:
             return
         val_loss, val_stderr = result
-        bits_per_byte = val_loss / math.log(2) * self.data["val"]["tokens"] / self.data["val"]["bytes"]
+        ids_per_byte = self.data["val"]["tokens"] / max(1, self.data["val"]["bytes"])
+        bits_per_byte = val_loss / math.log(2) * ids_per_byte
         self.log.validation(self.step, val_loss=val_loss, val_stderr=val_stderr, bits_per_byte=bits_per_byte)
         self.evaluated = self.step
         if val_loss < self.best_val_loss:
@@ -620,28 +634,24 @@ class Run:
                     "step": self.step, "best_val_loss": self.best_val_loss, "data": self.data,
                     "args": vars(self.args), **more})
 
-    def restore(self, saved_model, meta):
-        """Continues where a checkpoint ends. Raises UserError if its model or its data are not the same, or
-        if it is damaged."""
+    def restore(self, meta):
+        """Continues where a checkpoint ends. Raises UserError if it is damaged."""
         try:
-            before = unchangeable(saved_model.config, meta["data"], meta["args"])
-            for name, now in unchangeable(self.model.config, self.data, vars(self.args)).items():
-                then = before.get(name)
-                if now != then:
-                    raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
-            self.model.load_state_dict(saved_model.state_dict())
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": meta["optimizer"]})
             for weight, state in self.optimizer.state.items():
                 if not weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
                     raise ValueError("the state of the optimizer does not fit the weights")
             if self.scaler.is_enabled() and meta["scaler"]:
-                self.scaler.load_state_dict(meta["scaler"])
-            self.step, self.windows_read, self.skipped, self.evaluated, processes = (
-                int(meta[name]) for name in ("step", "windows_read", "skipped", "evaluated", "processes"))
-            self.ids_hash = int(meta["ids_hash"]) if self.world.rank == 0 else 0
+                varying = {name: meta["scaler"][name] for name in ("scale", "_growth_tracker")}
+                self.scaler.load_state_dict({**self.scaler.state_dict(), **varying})
+                self.scaler.scale(torch.zeros(1, device=self.world.device))     # fails if they are no numbers
+            names = ("step", "windows_read", "ids_hash", "skipped", "evaluated", "processes")
+            counts = [int(meta[name]) for name in names]
+            if min(counts) < 0 or max(counts) >= 2 ** 62:
+                raise ValueError("these cannot be counts")
+            self.step, self.windows_read, ids_hash, self.skipped, self.evaluated, processes = counts
+            self.ids_hash = ids_hash if self.world.rank == 0 else 0
             self.best_val_loss = float(meta["best_val_loss"])
-        except UserError:
-            raise
         except Exception as error:      # as in load_checkpoint, the file's fault
             raise UserError("cannot resume: last.pt is damaged, or of another version") from error
         if self.world.sum(self.step) != [self.step * self.world.size]:
@@ -652,11 +662,21 @@ class Run:
                              "read the same ids as before, and may differ in rounding")
 
 
-def unchangeable(config, data, args):
-    """Returns what has to be the same when a run is resumed: the model, the data and their order."""
-    counts = {f"{split}.{name}": number for split in ("train", "val") for name, number in data[split].items()}
-    return {**asdict(config), "tokenizer": data["tokenizer"], **counts,
-            "stride": args["stride"], "seed": args["seed"]}
+def check_same_run(saved_config, meta, config, data, args):
+    """Raises UserError if a run would go on with another model, or other data, or in another order."""
+    def values(config, data, args):
+        counts = {f"{split}.{name}": data[split][name] for split in ("train", "val") for name in data[split]}
+        return {**asdict(config), "tokenizer": data["tokenizer"], **counts,
+                "stride": args["stride"], "seed": args["seed"]}
+
+    try:
+        before = values(saved_config, meta["data"], meta["args"])
+    except Exception as error:      # as in load_checkpoint, the file's fault
+        raise UserError("cannot resume: last.pt is damaged, or of another version") from error
+    for name, now in values(config, data, vars(args)).items():
+        then = before.get(name)
+        if str(now) != str(then):
+            raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -726,7 +746,8 @@ def main(argv=None):
     parser = make_parser()
     given = parser.parse_args(argv)
     out = given.out or os.path.join("out", os.path.basename(os.path.abspath(given.data or "data/python")))
-    with one_line_errors(UserError, ModelError, OSError), World(choose_device(given.device)) as world:
+    with (StopSignal() as told_to_stop, one_line_errors(UserError, ModelError, OSError),
+          World(choose_device(given.device)) as world):
         saved = find_checkpoint(Path(out, "last.pt"), given.resume, world.job)
         # Flags that are not given come from the run to be resumed, or else from the model's recipe. They are
         # parsed like the others, so that those from a file are checked.
@@ -748,10 +769,10 @@ def main(argv=None):
         why = "" if given.model or given.device or saved else (
             ", as there is a CUDA GPU" if world.device.type == "cuda" else ", as there is no CUDA GPU")
         world.print(f"training {args.model} on {world.device.type}{why}; writing to {out}")
-        with StopSignal(args.max_minutes, world) as told_to_stop:
-            run = Run(args, world, told_to_stop, saved)
-            del saved       # its memory is not needed any more
-            run.train()
+        told_to_stop.allow(args.max_minutes or math.inf)
+        run = Run(args, world, told_to_stop, saved)
+        del saved       # its memory is not needed any more
+        run.train()
 
 
 if __name__ == "__main__":

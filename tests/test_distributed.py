@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +17,19 @@ import gpt
 FLAGS = ["--data", "data/text", "--block_size", "32", "--dtype", "float32", "--log_interval", "1"]
 
 
-def train(n_processes, *flags):
-    """Runs train.py as a user does, one process without torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    command = [sys.executable, *(torchrun if n_processes > 1 else []), ROOT / "train.py", *FLAGS, *flags]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+def command(n_processes, *flags, torchrun=(), script=ROOT / "train.py"):
+    """The command of a user, for one process without torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", *torchrun]
+    words = [sys.executable, *(torchrun if n_processes > 1 else []), script, *FLAGS, *flags]
+    return list(map(str, words))
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(n_processes, *flags, **options):
+    return subprocess.run(command(n_processes, *flags, **options), capture_output=True, text=True,
+                          timeout=100, env=ENVIRONMENT)
 
 
 def log(name):
@@ -50,6 +59,88 @@ def test_two_ranks_report_the_losses_of_one_process_and_once(runs):
     one, two = ([line.split("|")[0] for line in run.stdout.splitlines() if "|" in line] for run in runs)
     assert one == two
     assert "2 processes x 2 micro-batches x 2 windows = 256 ids" in runs[1].stdout
+
+
+def test_two_ranks_go_on_with_the_ids_of_one_process_and_say_so(data):
+    flags = ["--batch_size", 2, "--global_batch_size", 8, "--out", "out/text"]
+    assert train(1, *flags, "--out", "out/whole", "--max_steps", 6).returncode == 0
+    assert train(1, *flags, "--max_steps", 2).returncode == 0
+    two = train(2, *flags, "--max_steps", 4, "--resume")
+    assert "this run had 1 processes, and now has 2: its steps read the same ids as before" in two.stdout
+    one = train(1, *flags, "--max_steps", 6, "--resume")
+    assert "this run had 2 processes, and now has 1: its steps read the same ids as before" in one.stdout
+    hashes = [[row["ids_hash"] for row in log(name) if "loss" in row] for name in ("whole", "text")]
+    assert len(set(hashes[0])) == 6 and hashes[0] == hashes[1]
+
+
+# ----------------------------------------------------------------------------------------- faults of a rank
+
+def acting(action):
+    """A script: train.py, but rank 1 does something in the middle of step 4, unless it was started again."""
+    Path("acting.py").write_text(f"""
+import os, signal, time
+from datetime import timedelta
+import train
+
+def acting_update(*args, update=train.update, calls=[]):
+    calls.append(args)
+    if len(calls) == 4 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {action}
+    return update(*args)
+
+train.update, train.PATIENCE = acting_update, timedelta(seconds=5)
+train.main()
+""")
+    return "acting.py"
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_after_the_step(data):
+    result = train(2, "--max_steps", 9, script=acting("os.kill(os.getpid(), signal.SIGTERM)"))
+    assert result.returncode == 0, result.stderr
+    assert "stopped after step 4 of 9 and saved: the same command with --resume goes on" in result.stdout
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 4
+
+
+def test_ctrl_c_under_torchrun_stops_all_ranks_after_the_step(data):
+    process = subprocess.Popen(command(2, "--max_steps", 10 ** 6), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
+    while "| loss" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=100)
+    step = int(re.search(r"stopped after step (\d+) of 1,000,000 and saved", output)[1])
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == step > 0
+
+
+@pytest.mark.parametrize("action, says", [
+    ("raise ZeroDivisionError('division by zero')", "rank 1 failed: ZeroDivisionError: division by zero"),
+    ("raise train.UserError('the data is damaged')", "rank 1: the data is damaged"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 does not answer: it was killed, or hangs"),
+    ("signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(99)", "rank 1 does not answer: it was")])
+def test_a_rank_that_fails_or_hangs_ends_the_run_and_is_named(data, action, says):
+    result = train(2, "--max_steps", 9, "--eval_interval", 2, script=acting(action))
+    assert result.returncode != 0
+    assert f"error: {says}" in result.stderr
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+def test_torchrun_takes_a_run_whose_worker_was_killed_back_to_its_last_checkpoint(data):
+    flags = ["--max_steps", 6, "--eval_interval", 2, "--dropout", 0.1, "--batch_size", 4]
+    assert train(2, "--out", "out/whole", *flags).returncode == 0
+    kill = acting("os.kill(os.getpid(), signal.SIGKILL)")
+    result = train(2, "--out", "out/text", *flags, torchrun=["--max_restarts=1"], script=kill)
+    assert result.returncode == 0, result.stderr
+    assert "6 steps, 1.71 epochs, 2 of them done" in result.stdout
+    assert [row["step"] for row in log("text") if "loss" in row] == [1, 2, 3, 3, 4, 5, 6]
+    whole, killed = (gpt.load_checkpoint(f"out/{name}/last.pt")[0].state_dict() for name in ("whole", "text"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_another_job_of_torchrun_does_not_go_on_by_itself(data):
+    assert train(1, "--max_steps", 2).returncode == 0
+    result = train(2, "--max_steps", 4)
+    assert result.returncode != 0
+    assert "last.pt is from an earlier run: --resume continues it" in result.stderr
 
 
 def test_two_ranks_end_on_a_users_mistake_without_a_traceback_of_ours(data):

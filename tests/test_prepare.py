@@ -262,8 +262,8 @@ def test_a_failure_leaves_the_data_that_was_there(fails, data):
 
 @pytest.mark.parametrize("flags, says", [
     (["--tokenizer", "gpt5"], "invalid choice: 'gpt5'"),
-    (["--sample_size", "0"], "--sample_size: must be a whole number above 0, not '0'"),
-    (["--sample_size", "ten"], "--sample_size: must be a whole number above 0, not 'ten'"),
+    (["--sample_size", "0"], "--sample_size: must be a whole number above 0 and below 2^31, not '0'"),
+    (["--sample_size", "ten"], "--sample_size: must be a whole number above 0 and below 2^31, not 'ten'"),
     (["--val_fraction", "1"], "--val_fraction: must be above 0 and below 1, not '1'"),
     (["--speed", "9"], "unrecognized arguments: --speed")])
 def test_a_bad_flag_is_told_in_one_line(fails, flags, says):

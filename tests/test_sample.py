@@ -150,7 +150,7 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
     (["--prompt", "a", "--prompt_file", "b"], "argument --prompt_file: not allowed with argument --prompt"),
     (["--temperature", "-1"], "argument --temperature: must be at least 0, not '-1'"),
     (["--temperature", "nan"], "argument --temperature: must be at least 0, not 'nan'"),
-    (["--top_k", "0"], "argument --top_k: must be a whole number above 0, not '0'"),
+    (["--top_k", "0"], "argument --top_k: must be a whole number above 0 and below 2^31, not '0'"),
     (["--top_p", "0"], "argument --top_p: must be above 0 and at most 1, not '0'"),
     (["--top_p", "1.1"], "argument --top_p: must be above 0 and at most 1, not '1.1'"),
     (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 2^32 - 1, not '-1'"),

@@ -379,7 +379,7 @@ def test_it_trains_on_a_gpu(data, dtype):
     (["--model", "gpt5"], "argument --model: invalid choice: 'gpt5'"),
     (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
     (["--speed", "9"], "unrecognized arguments: --speed 9"),
-    (["--batch_size", "0"], "argument --batch_size: must be a whole number above 0, not '0'"),
+    (["--batch_size", "0"], "--batch_size: must be a whole number above 0 and below 2^31, not '0'"),
     (["--lr", "fast"], "argument --lr: must be a number above 0, not 'fast'"),
     (["--lr", "nan"], "argument --lr: must be a number above 0, not 'nan'"),
     (["--warmup", "1"], "argument --warmup: must be at least 0 and below 1, not '1'"),
