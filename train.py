@@ -76,6 +76,7 @@ class World:
             # torchrun starts again must not find the old ones.
             store, _, _ = next(dist.rendezvous("env://"))
             self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            self.interval, self.calls, self.asked = 1, 0, time.perf_counter()       # of agree
             dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
                 rank=self.rank, world_size=self.size)
@@ -90,6 +91,20 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def agree(self, flag):
+        """Returns whether the flag is true on any rank; all get the same answer. It is to be called at each
+        step. As asking takes a millisecond or two, they do so twice a second, and in between the answer is
+        False."""
+        if self.size == 1:
+            return flag
+        self.calls += 1
+        if self.calls < self.interval:
+            return False
+        flags, seconds = self.sum(flag, time.perf_counter() - self.asked)
+        self.interval = max(1, int(self.calls * 0.5 * self.size / seconds))
+        self.calls, self.asked = 0, time.perf_counter()
+        return flags > 0
 
     def print(self, *words):
         if self.rank == 0:
@@ -499,6 +514,7 @@ class Run:
         self.windows_read = 0       # and how many windows they read
         self.ids_hash = 0           # of all their ids: the sum over all ranks, modulo 2^32
         self.skipped = 0            # how many of them were skipped lately, in a row
+        self.stopping = False       # whether all ranks have agreed to stop early
         self.evaluated = 0          # the step of the last evaluation,
         self.best_val_loss = math.inf   # and the lowest loss of any
         if saved:
@@ -538,7 +554,7 @@ class Run:
         args, world = self.args, self.world
         if self.step == 0:
             self.save_last()        # a disk that is full or write-protected is better found out at once
-        while not world.sum(self.told_to_stop())[0]:
+        while not self.stopping:
             if self.evaluation_is_due():
                 self.evaluate()
                 continue
@@ -560,6 +576,7 @@ class Run:
                                   ids_hash=int(ids_hash) % 2 ** 32)
             if epoch := self.epoch_to_keep():
                 self.save(f"epoch_{epoch:04}.pt")
+            self.stopping = world.agree(self.told_to_stop())
         self.save_last()
         world.print(f"stopped after step {self.step:,} of {self.total_steps:,} and saved: the same command "
                     "with --resume goes on from there")
@@ -594,6 +611,7 @@ class Run:
         result = evaluate(self.model, self.val_windows, n_windows, self.args.eval_batch_size, self.autocast,
                           self.world, self.told_to_stop)
         if result is None:
+            self.stopping = True
             return
         val_loss, val_stderr = result
         ids_per_byte = self.data["val"]["tokens"] / max(1, self.data["val"]["bytes"])

@@ -94,11 +94,12 @@ train.main()
     return "acting.py"
 
 
-def test_a_signal_to_one_rank_stops_all_of_them_after_the_step(data):
-    result = train(2, "--max_steps", 9, script=acting("os.kill(os.getpid(), signal.SIGTERM)"))
+def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(data):
+    result = train(2, "--max_steps", 1000, script=acting("os.kill(os.getpid(), signal.SIGTERM)"))
     assert result.returncode == 0, result.stderr
-    assert "stopped after step 4 of 9 and saved: the same command with --resume goes on" in result.stdout
-    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 4
+    step = int(re.search(r"stopped after step (\d+) of 1,000 and saved", result.stdout)[1])
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == step
+    assert 4 <= step < 100      # they ask each other twice a second
 
 
 def test_ctrl_c_under_torchrun_stops_all_ranks_after_the_step(data):
