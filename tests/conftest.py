@@ -66,6 +66,13 @@ def data(tiny):
 
 
 @pytest.fixture
+def bare(monkeypatch):
+    """Leaves out samples and curves, which take most of a tiny run's time."""
+    monkeypatch.setattr(train, "complete", lambda *args, **options: [])
+    monkeypatch.setattr(train, "draw_curves", lambda *args: None)
+
+
+@pytest.fixture
 def fails(capsys):
     """fails(main, flags, says) holds a command to one line that begins "error:" and has `says` in it, and to
     exit status 2."""

@@ -19,6 +19,9 @@ import train
 from train import main
 
 
+pytestmark = pytest.mark.usefixtures("bare")
+
+
 def at_step(monkeypatch, step, action):
     """Calls action(net) in the middle of that step, counted from 1."""
     update, calls = train.update, []
@@ -139,6 +142,12 @@ def test_in_float16_the_run_ends_after_20_skipped_steps_in_a_row(fails, data, mo
           "step 20 has loss 5.56144 and a gradient of norm nan at learning rate 0.00689 and loss scale "
           "1.09951e+12; run again, outputs are finite in all modules")
     assert [row["loss_scale"] for row in log()] == [2.0 ** (60 - step) for step in range(1, 20)]
+
+
+def test_skipped_steps_are_counted_in_a_row(fails, data, monkeypatch):
+    norms = iter([math.nan] * 19 + [1.0] + [math.inf] * 19 + [1.0] + [math.nan] * 20)
+    monkeypatch.setattr(train, "update", lambda *args: (5.0, next(norms)))
+    fails(main, [*QUICK, "--dtype", "float16", "--max_steps", 99], "step 60 has loss 5 and a gradient of norm")
 
 
 def test_skipped_steps_are_counted_across_a_stop(fails, data, monkeypatch):

@@ -17,7 +17,16 @@ import prepare
 import train
 from train import main
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 RESUME = ["--out", "out/text", "--resume"]
+
+
+@pytest.fixture(autouse=True)
+def each_run_finds_another_random_state(monkeypatch):
+    """As a new process would."""
+    load = train.find_checkpoint
+    monkeypatch.setattr(train, "find_checkpoint", lambda *args: torch.seed() and load(*args))
 
 
 def stop_after(monkeypatch, step):
@@ -141,6 +150,12 @@ def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
     run("--max_steps", 20)
     main([*RESUME, "--max_steps", "21", "--lr", "100"])
     assert gpt.load_checkpoint("out/text/best.pt")[1]["step"] == 20
+
+
+def test_what_was_evaluated_is_not_evaluated_again(data):
+    run("--max_steps", 2, "--eval_interval", 1)
+    main([*RESUME, "--max_steps", "3"])
+    assert [row["step"] for row in log() if "val_loss" in row] == [1, 2, 3]
 
 
 def test_the_log_goes_on_after_a_row_that_was_cut_short(data):

@@ -86,6 +86,13 @@ def test_ranks_and_micro_batches_only_slice_the_global_batch(size, batch_size, m
         assert torch.equal(torch.cat(parts), whole)
 
 
+def test_the_checksums_of_all_ranks_add_up_to_that_of_the_global_batch_and_depend_on_the_step():
+    windows = Windows(np.arange(49, dtype=np.uint16), 4, 4, 1000)
+    _, whole = Batches(windows, 12, 12, 1, world())(3)
+    assert whole == sum(Batches(windows, 12, 2, 1, world(rank, 3))(3)[1] for rank in range(3))
+    assert whole != Batches(windows, 12, 12, 1, world())(4)[1]      # the same 12 windows
+
+
 def test_an_epoch_of_steps_reads_each_window_once():
     windows = Windows(np.arange(241, dtype=np.uint16), 4, 4, 1000)
     batches = Batches(windows, 6, 6, 1, world())
