@@ -76,10 +76,10 @@ class World:
             # torchrun starts again must not find the old ones.
             store, _, _ = next(dist.rendezvous("env://"))
             self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            self.interval, self.calls, self.asked = 1, 0, time.perf_counter()       # of agree
             dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
                 rank=self.rank, world_size=self.size)
+        self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
 
     def wrap(self, model):
         """Returns a wrapper of the model that leaves each rank with the mean gradient of all ranks."""
@@ -519,6 +519,8 @@ class Run:
         self.best_val_loss = math.inf   # and the lowest loss of any
         if saved:
             self.restore(meta)
+        if world.sum(self.step) != [self.step * world.size]:
+            raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
         self.net = world.wrap(torch.compile(self.model) if args.compile else self.model)   # only to train
 
         origin = self.windows_read - self.step * args.global_batch_size
@@ -672,9 +674,6 @@ class Run:
             self.best_val_loss = float(meta["best_val_loss"])
         except Exception as error:      # as in load_checkpoint, the file's fault
             raise UserError("cannot resume: last.pt is damaged, or of another version") from error
-        if self.world.sum(self.step) != [self.step * self.world.size]:
-            raise UserError("cannot resume: the ranks found different checkpoints: --out must be on a disk "
-                            "that all machines share")
         if processes != self.world.size:
             self.world.print(f"this run had {processes} processes, and now has {self.world.size}: its steps "
                              "read the same ids as before, and may differ in rounding")

@@ -73,6 +73,19 @@ def test_two_ranks_go_on_with_the_ids_of_one_process_and_say_so(data):
     assert len(set(hashes[0])) == 6 and hashes[0] == hashes[1]
 
 
+def test_ranks_that_find_different_checkpoints_do_not_start(data):
+    assert train(1, "--out", "out/first", "--max_steps", 2).returncode == 0
+    assert train(1, "--out", "out/second", "--max_steps", 3).returncode == 0
+    Path("apart.py").write_text("import os, pathlib, train\n"
+                                "find = train.find_checkpoint\n"
+                                "name = 'first' if os.environ['RANK'] == '0' else 'second'\n"
+                                "path = pathlib.Path('out', name, 'last.pt')\n"
+                                "train.find_checkpoint = lambda _, *args: find(path, *args)\n"
+                                "train.main()\n")
+    result = train(2, "--resume", script="apart.py")
+    assert "the ranks found different checkpoints: --out must be on a disk that all share" in result.stderr
+
+
 # ----------------------------------------------------------------------------------------- faults of a rank
 
 def acting(action):
