@@ -83,7 +83,7 @@ def one_line_errors(*kinds):
     try:
         yield
     except kinds as error:
-        print("error:", *str(error).split(), file=sys.stderr)       # one line, whatever is quoted
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)       # one line, whatever it quotes
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,6 +14,7 @@ one GPU.
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -81,9 +82,19 @@ class World:
                 rank=self.rank, world_size=self.size)
         self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
 
-    def wrap(self, model):
+    def wrap(self, model, autocast, batches):
         """Returns a wrapper of the model that leaves each rank with the mean gradient of all ranks."""
-        return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.size > 1 else model
+        if self.size == 1:
+            return model
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # After its first step, DDP rearranges the gradients, and three or more ranks then add them up in
+        # another order. That must not distinguish a resumed run: so that step is one without an effect.
+        [(inputs, targets), *_], _ = batches(0)
+        with autocast:
+            loss = net(inputs, targets)
+        (0 * loss).backward()
+        net.zero_grad()
+        return net
 
     def sum(self, *numbers):
         """Returns a list: each number, summed over all ranks."""
@@ -107,8 +118,9 @@ class World:
         return flags > 0
 
     def print(self, *words):
-        if self.rank == 0:
-            print(*words, flush=True)
+        with suppress(OSError, UnicodeEncodeError):     # whoever read this may have gone, but the run goes on
+            if self.rank == 0:
+                print(*words, flush=True)
 
     def __enter__(self):
         return self
@@ -117,15 +129,20 @@ class World:
         if self.size > 1 and error is None:
             # A process that ends right after a reduction may crash, because gloo's threads still hold the
             # tensor, and torchrun would then stop rank 0 while it is saving.
-            dist.barrier()
-            dist.destroy_process_group()
+            try:
+                dist.barrier()
+                dist.destroy_process_group()
+            except RuntimeError as lost:
+                self.explain(lost)
+                raise
         elif self.size > 1 and isinstance(error, Exception):
             self.explain(error)
 
     def explain(self, error):
         """Tells the other ranks why this one fails. If it fails because they do, or because of a mistake of
         the user's, raises UserError, which says which rank it was and why."""
-        lost_another = isinstance(error, dist.DistError) or "gloo" in str(error)
+        lost_another = isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and "gloo/" in str(error))
         reason = "" if lost_another else f"{type(error).__name__}: {error}".splitlines()[0]
         with suppress(RuntimeError):        # from here on, nothing is certain to work
             self.store.set(f"rank {self.rank}", reason)
@@ -134,13 +151,14 @@ class World:
         if lost_another:
             culprits = []
             patience = time.monotonic() + 5     # the others need a moment to notice
-            for rank in range(self.size):
-                while not (told := self.store.check([f"rank {rank}"])) and time.monotonic() < patience:
-                    time.sleep(0.1)
-                if not told:
-                    culprits.append(f"rank {rank} does not answer: it was killed, or hangs")
-                elif reason := self.store.get(f"rank {rank}").decode():
-                    culprits.append(f"rank {rank} failed: {reason}")
+            with suppress(RuntimeError):
+                for rank in range(self.size):
+                    while not (told := self.store.check([f"rank {rank}"])) and time.monotonic() < patience:
+                        time.sleep(0.1)
+                    if not told:
+                        culprits.append(f"rank {rank} does not answer: it was killed, or hangs")
+                    elif reason := self.store.get(f"rank {rank}").decode():
+                        culprits.append(f"rank {rank} failed: {reason}")
             raise UserError("; ".join(culprits) or f"rank {self.rank} lost its connection") from error
 
 
@@ -409,8 +427,10 @@ class Log:
         """Appends a row. JSON has no infinity and no NaN: they become null. Raises UserError if the disk is
         full, for example."""
         row = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in values.items()}
+        line = json.dumps(row).encode() + b"\n"
         with cannot_write(self.path):
-            self.file.write(json.dumps(row).encode() + b"\n")
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
@@ -430,7 +450,7 @@ def draw_curves(log_path, picture_path):
     except ImportError:
         return
     training, validation = {}, {}       # by step: a resumed run may have taken a step twice
-    with open(log_path, encoding="utf-8") as file:
+    with open(log_path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
@@ -448,7 +468,7 @@ def draw_curves(log_path, picture_path):
     losses.plot(column(training, "step"), column(training, "loss"), label="training", linewidth=1)
     losses.errorbar(column(validation, "step"), column(validation, "val_loss"),
                     column(validation, "val_stderr"), label="validation", marker="o", capsize=3)
-    losses.set(title=log_path.parent, ylabel="loss (nats per id)")
+    losses.set(title=str(log_path.parent).replace("$", r"\$"), ylabel="loss (nats per id)")
     losses.legend()
     rates.plot(column(training, "step"), column(training, "lr"), color="gray")
     rates.set(xlabel="step", ylabel="learning rate")
@@ -481,8 +501,9 @@ class StopSignal:
     def receive(self, name, frame):
         self.signalled = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if os.environ.get("RANK", "0") == "0":      # not print, which this may have interrupted
-            os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
+        with suppress(OSError):
+            if os.environ.get("RANK", "0") == "0":      # not print, which this may have interrupted
+                os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
 
 class Run:
@@ -512,22 +533,26 @@ class Run:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.step = 0               # how many have been taken,
         self.windows_read = 0       # and how many windows they read
-        self.ids_hash = 0           # of all their ids: the sum over all ranks, modulo 2^32
+        self.ids_hash = 0           # of all their ids, modulo 2^32: to be summed over all ranks
         self.skipped = 0            # how many of them were skipped lately, in a row
         self.stopping = False       # whether all ranks have agreed to stop early
         self.evaluated = 0          # the step of the last evaluation,
         self.best_val_loss = math.inf   # and the lowest loss of any
         if saved:
             self.restore(meta)
-        if world.sum(self.step) != [self.step * world.size]:
+        found = [self.step, self.ids_hash]
+        if world.sum(*found) != [number * world.size for number in found]:
             raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
-        self.net = world.wrap(torch.compile(self.model) if args.compile else self.model)   # only to train
+        if world.rank > 0:
+            self.ids_hash = 0
 
         origin = self.windows_read - self.step * args.global_batch_size
         self.batches = Batches(windows, args.global_batch_size, args.batch_size, args.seed, world, origin)
         self.total_steps = args.max_steps or math.ceil(
             (args.epochs * len(windows) - origin) / args.global_batch_size)
         self.warmup_steps = round(args.warmup * self.total_steps)
+        compiled = torch.compile(self.model) if args.compile else self.model
+        self.net = world.wrap(compiled, self.autocast, self.batches)       # only to train
 
         self.out = Path(args.out)
         if world.rank == 0:
@@ -584,20 +609,17 @@ class Run:
                     "with --resume goes on from there")
 
     def check_finite(self, loss, grad_norm, lr, micro_batches):
-        """Counts the steps that were skipped in a row, because the loss or the gradient was not finite. In
-        float16 a lower loss scale may help; otherwise, or after too many of them, raises UserError."""
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.skipped = 0
-            return
-        self.skipped += 1
-        if self.scaler.is_enabled() and self.skipped < SKIPS_IN_A_ROW:
+        """Raises UserError if the loss or the gradient is not finite. In float16, where such a gradient makes
+        the loss scale fall, it does so only when that has not helped many times in a row."""
+        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        if self.skipped < SKIPS_IN_A_ROW if self.scaler.is_enabled() else math.isfinite(grad_norm + loss):
             return
         seed_dropout(self.args.seed, self.step, self.world.rank)
         module = first_not_finite(self.model, micro_batches, self.autocast)
         where = f"not finite first in {module}" if module else "finite in all modules"
         raise UserError(
             f"step {self.step + 1:,} has loss {loss:g} and a gradient of norm {grad_norm:g} at learning rate "
-            f"{lr:.3g} and loss scale {self.scaler.get_scale():g}; run again, outputs are {where}: "
+            f"{lr:.3g} and loss scale {self.scaler.get_scale():g}; computed again, outputs are {where}: "
             "return to the last checkpoint with --resume and a lower --lr")
 
     def evaluation_is_due(self):
@@ -616,6 +638,9 @@ class Run:
             self.stopping = True
             return
         val_loss, val_stderr = result
+        if not math.isfinite(val_loss):
+            raise UserError(f"the validation loss after step {self.step:,} is {val_loss:g}: return to the "
+                            "last checkpoint with --resume and a lower --lr")
         ids_per_byte = self.data["val"]["tokens"] / max(1, self.data["val"]["bytes"])
         bits_per_byte = val_loss / math.log(2) * ids_per_byte
         self.log.validation(self.step, val_loss=val_loss, val_stderr=val_stderr, bits_per_byte=bits_per_byte)
@@ -625,10 +650,9 @@ class Run:
             self.save("best.pt")
         self.save_last()
         if self.world.rank == 0:
-            if math.isfinite(val_loss):
-                parts = complete(self.model, self.tokenizer, "", 150, temperature=0.8, top_k=50)
-                text = "".join(added for [added] in parts)
-                print("sample:\n    " + text.strip().replace("\n", "\n    "), flush=True)
+            parts = complete(self.model, self.tokenizer, "", 150, temperature=0.8, top_k=50)
+            text = "".join(added for [added] in parts)
+            self.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
             draw_curves(self.out / "log.jsonl", self.out / "curves.png")
         self.model.train()
         self.log.restart_clock(self.step)
@@ -669,8 +693,7 @@ class Run:
             counts = [int(meta[name]) for name in names]
             if min(counts) < 0 or max(counts) >= 2 ** 62:
                 raise ValueError("these cannot be counts")
-            self.step, self.windows_read, ids_hash, self.skipped, self.evaluated, processes = counts
-            self.ids_hash = ids_hash if self.world.rank == 0 else 0
+            self.step, self.windows_read, self.ids_hash, self.skipped, self.evaluated, processes = counts
             self.best_val_loss = float(meta["best_val_loss"])
         except Exception as error:      # as in load_checkpoint, the file's fault
             raise UserError("cannot resume: last.pt is damaged, or of another version") from error
@@ -715,7 +738,8 @@ def make_parser():
     add("--batch_size", type=count, default=16, help="most windows per process and micro-batch")
     add("--global_batch_size", type=count, help="windows per step (default: batch_size x processes)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, help="times to go through the data (default: 20)")
+    epochs = number(float, lambda x: 0 < x < 1e6, "a number above 0 and below a million")
+    length.add_argument("--epochs", type=epochs, help="times to go through the data (default: 20)")
     length.add_argument("--max_steps", type=count, help="steps to take, instead of --epochs")
     add("--lr", type=positive, default=6e-4, help="peak learning rate")
     add("--min_lr", type=at_least_0, default=0.0, help="learning rate that the schedule falls towards")
@@ -769,10 +793,7 @@ def main(argv=None):
         # Flags that are not given come from the run to be resumed, or else from the model's recipe. They are
         # parsed like the others, so that those from a file are checked.
         if saved:
-            defaults = dict(saved[1]["args"])
-            data = Path(str(defaults.get("data")))
-            if given.data is None and (data.is_absolute() or ".." in data.parts):
-                raise UserError(f"this run read {data}, which is not in this folder: to allow it, add --data")
+            defaults = {name: value for name, value in saved[1]["args"].items() if name in vars(given)}
         else:
             model = given.model or ("gpt2-92m" if world.device.type == "cuda" else "nano")
             defaults = {"data": "data/python", "model": model, **RECIPES.get(model, {"epochs": 20})}
@@ -781,6 +802,8 @@ def main(argv=None):
         args = parser.parse_args([*as_flags(defaults), *argv])
         if not (args.data and args.model and (args.epochs or args.max_steps)):
             raise UserError(f"{out}/last.pt cannot be resumed: its flags are not complete")
+        if given.data is None and (os.path.isabs(args.data) or ".." in Path(args.data).parts):
+            raise UserError(f"this run read {args.data}, which is outside this folder: allow it by --data")
         args.out = out
 
         why = "" if given.model or given.device or saved else (

@@ -86,6 +86,7 @@ def fails(capsys):
     return check
 
 
+RESUME = ["--out", "out/text", "--resume"]
 QUICK = ["--data", "data/text", "--model", "tiny", "--batch_size", "4", "--lr", "1e-2", "--dtype", "float32"]
 
 

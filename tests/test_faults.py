@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, log, run, same_weights
+from conftest import QUICK, RESUME, ROOT, log, run, same_weights
 
 import gpt
 import kill
@@ -59,6 +59,15 @@ def test_a_second_ctrl_c_stops_at_once(data, monkeypatch):
         run("--max_steps", 10, "--eval_interval", 2)
     assert stop.value.code == 130
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("redirection", ["| head -n 5", "2>&1 | head -n 5"])
+def test_a_reader_of_its_output_that_goes_away_does_not_end_a_run(data, redirection):
+    # As with `| tee`, which Ctrl-C ends, too.
+    command = (f"'{sys.executable}' '{ROOT}/train.py' --data {data} --n_layer 1 --n_embd 8 --block_size 16 "
+               f"--max_steps 60 --eval_interval 20 --log_interval 1 --eval_windows 4 {redirection}")
+    subprocess.run(command, shell=True, timeout=100, capture_output=True)
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 60
 
 
 def test_max_minutes_stops_on_the_clock(data, capsys):
@@ -124,15 +133,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_module(fails, data
 
     at_step(monkeypatch, 3, spoil)
     fails(main, [*QUICK, "--dtype", dtype, "--max_steps", 9, "--eval_interval", 2],
-          "step 3 has loss nan and a gradient of norm nan at learning rate 0.00875 and loss scale 1; run "
-          "again, outputs are not finite first in h.1.mlp.c_fc: return to the last checkpoint with --resume")
+          "step 3 has loss nan and a gradient of norm nan at learning rate 0.00875 and loss scale 1; "
+          "computed again, outputs are not finite first in h.1.mlp.c_fc: return to the last checkpoint")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
 def test_a_run_that_diverges_keeps_its_last_good_weights(fails, data):
     model, _ = run("--max_steps", 2)
-    fails(main, [*QUICK, "--resume", "--max_steps", 9, "--lr", "1e30", "--grad_clip", "1e30"], "has loss nan")
+    flags = [*QUICK, "--resume", "--max_steps", 9, "--lr", "1e30", "--grad_clip", "1e30"]
+    fails(main, flags, "step 4 has loss nan and a gradient of norm nan")
+    fails(main, [*flags, "--eval_interval", 1], "the validation loss after step 3 is nan: return to the")
     assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
+    main([*RESUME, "--max_steps", "3"])
+
+
+def test_in_float16_an_infinite_loss_with_a_finite_gradient_is_no_skipped_step(data, monkeypatch):
+    monkeypatch.setattr(train, "update", lambda *args: (math.inf, 1.0))
+    assert run("--dtype", "float16", "--max_steps", 30)[1]["skipped"] == 0
 
 
 def test_in_float16_the_run_ends_after_20_skipped_steps_in_a_row(fails, data, monkeypatch):
@@ -140,7 +157,7 @@ def test_in_float16_the_run_ends_after_20_skipped_steps_in_a_row(fails, data, mo
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0 ** 60))
     fails(main, [*QUICK, "--dtype", "float16", "--max_steps", 50, "--log_interval", 1],
           "step 20 has loss 5.56144 and a gradient of norm nan at learning rate 0.00689 and loss scale "
-          "1.09951e+12; run again, outputs are finite in all modules")
+          "1.09951e+12; computed again, outputs are finite in all modules")
     assert [row["loss_scale"] for row in log()] == [2.0 ** (60 - step) for step in range(1, 20)]
 
 
@@ -164,10 +181,11 @@ def test_skipped_steps_are_counted_across_a_stop(fails, data, monkeypatch):
 @pytest.mark.parametrize("elsewhere", ["../text", "/elsewhere"])
 def test_a_folder_named_by_a_checkpoint_is_not_read_unless_it_is_inside_this_one(fails, data, elsewhere):
     model, meta = run("--max_steps", 1)
-    meta["args"] = {**meta["args"], "data": elsewhere, "out": elsewhere}
+    meta["args"] = {**meta["args"], "data": elsewhere, "out": elsewhere, "dat": elsewhere,
+                    f"data={elsewhere}": True}
     gpt.save_checkpoint("out/text/last.pt", model, meta)
     fails(main, ["--out", "out/text", "--resume"],
-          f"this run read {elsewhere}, which is not in this folder: to allow it, add --data")
+          f"this run read {elsewhere}, which is outside this folder: allow it by --data")
     main(["--data", data, "--resume", "--max_steps", "2"])
     assert gpt.load_checkpoint("out/text/last.pt")[1]["args"]["out"] == "out/text"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, log, run, same_weights
+from conftest import QUICK, RESUME, ROOT, log, run, same_weights
 
 import gpt
 import prepare
@@ -18,9 +18,6 @@ import train
 from train import main
 
 pytestmark = pytest.mark.usefixtures("bare")
-
-RESUME = ["--out", "out/text", "--resume"]
-
 
 @pytest.fixture(autouse=True)
 def each_run_finds_another_random_state(monkeypatch):
