@@ -411,7 +411,8 @@ class Log:
         rate = (step - self.clock_step) * self.ids_per_step / (now - self.clock)
         left = (now - self.started) / (step - self.first_step) * (self.total_steps - step)
         self.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, loss_scale=loss_scale,
-                   ids_hash=f"{ids_hash:08x}", tokens_per_second=rate, seconds=now - self.started)
+                   tokens_per_second=rate, seconds=now - self.started,
+                   ids_hash=f"{int(ids_hash) % 2 ** 32:08x}")
         scale = f" | loss scale {loss_scale:g}" if loss_scale != 1 else ""
         self.world.print(f"step {step:,}/{self.total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | "
                          f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s | {duration(left)} left")
@@ -531,13 +532,13 @@ class Run:
         self.model = model.to(world.device).train()
         self.optimizer = make_optimizer(self.model, args.weight_decay, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        self.step = 0               # how many have been taken,
-        self.windows_read = 0       # and how many windows they read
-        self.ids_hash = 0           # of all their ids, modulo 2^32: to be summed over all ranks
-        self.skipped = 0            # how many of them were skipped lately, in a row
-        self.stopping = False       # whether all ranks have agreed to stop early
-        self.evaluated = 0          # the step of the last evaluation,
-        self.best_val_loss = math.inf   # and the lowest loss of any
+        self.step = 0                   # how many have been taken
+        self.ids_hash = 0               # of all ids they read; to be summed over all ranks, modulo 2^32
+        self.skipped = 0                # how many of the last ones were skipped in a row
+        self.evaluated = 0              # the step of the last evaluation
+        self.best_val_loss = math.inf   # the lowest of any
+        self.origin = 0                 # see Batches
+        self.stopping = False           # whether all ranks have agreed to stop early
         if saved:
             self.restore(meta)
         found = [self.step, self.ids_hash]
@@ -546,10 +547,10 @@ class Run:
         if world.rank > 0:
             self.ids_hash = 0
 
-        origin = self.windows_read - self.step * args.global_batch_size
-        self.batches = Batches(windows, args.global_batch_size, args.batch_size, args.seed, world, origin)
+        self.batches = Batches(
+            windows, args.global_batch_size, args.batch_size, args.seed, world, self.origin)
         self.total_steps = args.max_steps or math.ceil(
-            (args.epochs * len(windows) - origin) / args.global_batch_size)
+            (args.epochs * len(windows) - self.origin) / args.global_batch_size)
         self.warmup_steps = round(args.warmup * self.total_steps)
         compiled = torch.compile(self.model) if args.compile else self.model
         self.net = world.wrap(compiled, self.autocast, self.batches)       # only to train
@@ -599,8 +600,7 @@ class Run:
             if self.step == 1 or self.step % args.log_interval == 0:
                 loss, ids_hash = world.sum(loss / world.size, self.ids_hash)
                 self.log.training(self.step, epoch=self.batches.epochs(self.step), loss=loss, lr=lr,
-                                  grad_norm=grad_norm, loss_scale=self.scaler.get_scale(),
-                                  ids_hash=int(ids_hash) % 2 ** 32)
+                                  grad_norm=grad_norm, loss_scale=self.scaler.get_scale(), ids_hash=ids_hash)
             if epoch := self.epoch_to_keep():
                 self.save(f"epoch_{epoch:04}.pt")
             self.stopping = world.agree(self.told_to_stop())
@@ -666,9 +666,8 @@ class Run:
     def save_last(self):
         """Writes last.pt, with all that restore needs."""
         [ids_hash] = self.world.sum(self.ids_hash)
-        self.save("last.pt", processes=self.world.size, job=self.world.job,
-                  windows_read=self.batches.place(self.step), ids_hash=int(ids_hash) % 2 ** 32,
-                  skipped=self.skipped, evaluated=self.evaluated,
+        self.save("last.pt", processes=self.world.size, job=self.world.job, ids_hash=int(ids_hash),
+                  skipped=self.skipped, evaluated=self.evaluated, windows_read=self.batches.place(self.step),
                   optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
 
     def save(self, name, **more):
@@ -689,11 +688,12 @@ class Run:
                 varying = {name: meta["scaler"][name] for name in ("scale", "_growth_tracker")}
                 self.scaler.load_state_dict({**self.scaler.state_dict(), **varying})
                 self.scaler.scale(torch.zeros(1, device=self.world.device))     # fails if they are no numbers
-            names = ("step", "windows_read", "ids_hash", "skipped", "evaluated", "processes")
+            names = ("step", "ids_hash", "skipped", "evaluated", "windows_read", "processes")
             counts = [int(meta[name]) for name in names]
             if min(counts) < 0 or max(counts) >= 2 ** 62:
                 raise ValueError("these cannot be counts")
-            self.step, self.windows_read, self.ids_hash, self.skipped, self.evaluated, processes = counts
+            self.step, self.ids_hash, self.skipped, self.evaluated, windows_read, processes = counts
+            self.origin = windows_read - self.step * self.args.global_batch_size
             self.best_val_loss = float(meta["best_val_loss"])
         except Exception as error:      # as in load_checkpoint, the file's fault
             raise UserError("cannot resume: last.pt is damaged, or of another version") from error
@@ -763,7 +763,7 @@ def make_parser():
 
 def find_checkpoint(path, resume, job):
     """Returns the checkpoint to continue, (model, meta), or None for a new run. A job that torchrun restarts
-    after a failure continues its own. Raises UserError if a new run would overwrite another."""
+    after a failure continues its own. Raises UserError if a new run would overwrite steps of another."""
     if not path.exists() and not resume:
         return None
     model, meta = load_checkpoint(path)
@@ -772,7 +772,7 @@ def find_checkpoint(path, resume, job):
     if resume or meta.get("job") == job != "none":
         return model, meta
     if meta.get("step") == 0:
-        return None         # a run that came to nothing
+        return None         # it holds nothing that would be lost
     raise UserError(f"{path} is from an earlier run: --resume continues it, another --out keeps it")
 
 
