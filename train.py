@@ -679,7 +679,7 @@ class Run:
 
     def restore(self, meta):
         """Continues where a checkpoint ends. Raises UserError if it is damaged."""
-        try:
+        with cannot_resume():
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": meta["optimizer"]})
             for weight, state in self.optimizer.state.items():
                 if not weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
@@ -695,8 +695,6 @@ class Run:
             self.step, self.ids_hash, self.skipped, self.evaluated, windows_read, processes = counts
             self.origin = windows_read - self.step * self.args.global_batch_size
             self.best_val_loss = float(meta["best_val_loss"])
-        except Exception as error:      # as in load_checkpoint, the file's fault
-            raise UserError("cannot resume: last.pt is damaged, or of another version") from error
         if processes != self.world.size:
             self.world.print(f"this run had {processes} processes, and now has {self.world.size}: its steps "
                              "read the same ids as before, and may differ in rounding")
@@ -709,14 +707,21 @@ def check_same_run(saved_config, meta, config, data, args):
         return {**asdict(config), "tokenizer": data["tokenizer"], **counts,
                 "stride": args["stride"], "seed": args["seed"]}
 
-    try:
+    with cannot_resume():
         before = values(saved_config, meta["data"], meta["args"])
-    except Exception as error:      # as in load_checkpoint, the file's fault
-        raise UserError("cannot resume: last.pt is damaged, or of another version") from error
     for name, now in values(config, data, vars(args)).items():
         then = before.get(name)
         if str(now) != str(then):
             raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
+
+
+@contextmanager
+def cannot_resume():
+    """Turns any exception into a UserError: what goes wrong while last.pt is used is the file's fault."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError("cannot resume: last.pt is damaged, or of another version") from error
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -104,3 +104,16 @@ def log(out="out/text"):
 def same_weights(a, b, tolerance=0.0):
     return all(torch.allclose(x, y, atol=tolerance, rtol=0) for x, y in zip(
         a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def at_step(monkeypatch, step, action):
+    """Calls action(net) in the middle of that step, counted from 1."""
+    update, calls = train.update, []
+
+    def acting(net, *args):
+        calls.append(net)
+        if len(calls) == step:
+            action(net)
+        return update(net, *args)
+
+    monkeypatch.setattr(train, "update", acting)

@@ -57,6 +57,17 @@ def rearranged(tree, choose):
     return tree
 
 
+def damages_of_json(path, times):
+    """Writes a JSON file anew so many times: its fields rearranged and its bytes damaged in turn."""
+    whole, choose = path.read_bytes(), random.Random(1)
+    for i in range(times):
+        if i % 2:
+            path.write_bytes(damaged(whole, choose))
+        else:
+            path.write_text(json.dumps(rearranged(json.loads(whole), choose)))
+        yield
+
+
 def refused(error, function, *args):
     """Calls a function, and gives whether it raised that error; the message then has one line."""
     try:
@@ -100,13 +111,8 @@ def test_checkpoints(model):
 def test_model_folders(model):
     pytest.importorskip("safetensors")
     model.save_pretrained("folder")
-    path, choose = Path("folder", "config.json"), random.Random(1)
-    whole = path.read_bytes()
-    for i in range(400):
-        if i % 2:
-            path.write_bytes(damaged(whole, choose))
-        else:
-            path.write_text(json.dumps(rearranged(json.loads(whole), choose)))
+    path = Path("folder", "config.json")
+    for _ in damages_of_json(path, 400):
         if not refused(gpt.ModelError, gpt.GPT.from_pretrained, "folder"):
             loaded, values = gpt.GPT.from_pretrained("folder").config, json.loads(path.read_text())
             assert loaded.n_head == values["n_head"] and loaded.n_layer == values["n_layer"] == 2
@@ -142,13 +148,8 @@ def test_token_files(data):
 
 
 def test_descriptions_of_token_files(data, refuses_to_train):
-    path, choose = Path(data, "meta.json"), random.Random(1)
-    whole = path.read_bytes()
-    for i in range(300):
-        if i % 2:
-            path.write_bytes(damaged(whole, choose))
-        else:
-            path.write_text(json.dumps(rearranged(json.loads(whole), choose)))
+    path = Path(data, "meta.json")
+    for _ in damages_of_json(path, 300):
         if not refused(prepare.UserError, prepare.load_meta, data):
             shutil.rmtree("out", ignore_errors=True)
             if not refuses_to_train(*QUICK, "--max_steps", "1"):

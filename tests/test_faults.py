@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, RESUME, ROOT, log, run, same_weights
+from conftest import QUICK, RESUME, ROOT, at_step, log, run, same_weights
 
 import gpt
 import kill
@@ -20,19 +20,6 @@ from train import main
 
 
 pytestmark = pytest.mark.usefixtures("bare")
-
-
-def at_step(monkeypatch, step, action):
-    """Calls action(net) in the middle of that step, counted from 1."""
-    update, calls = train.update, []
-
-    def acting(net, *args):
-        calls.append(net)
-        if len(calls) == step:
-            action(net)
-        return update(net, *args)
-
-    monkeypatch.setattr(train, "update", acting)
 
 
 # ------------------------------------------------------------------------------------------------- stops

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, RESUME, ROOT, log, run, same_weights
+from conftest import QUICK, RESUME, ROOT, at_step, log, run, same_weights
 
 import gpt
 import prepare
@@ -27,16 +27,8 @@ def each_run_finds_another_random_state(monkeypatch):
 
 
 def stop_after(monkeypatch, step):
-    """Lets SIGTERM come in the middle of that step, counted from 1."""
-    update, calls = train.update, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
-
-    monkeypatch.setattr(train, "update", interrupted)
+    """Lets SIGTERM come in the middle of that step."""
+    at_step(monkeypatch, step, lambda net: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def equal(a, b):
