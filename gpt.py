@@ -100,6 +100,27 @@ class LayerNorm(nn.Module):
         return x if self.bias is None else x + self.bias
 
 
+class Linear(nn.Linear):
+    """x @ weight.T + bias at each position."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    """x (..., in), weight (out, in), bias (out,) -> x @ weight.T + bias, (..., out)."""
+    n_rows = x.shape[:-1].numel()
+    if n_rows > 64 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    # To generate, a few rows meet all the weights. A CPU reads them faster in the order weight @ x.T.
+    if n_rows == 1:
+        y = weight @ x.flatten()
+    else:
+        y = (weight @ x.flatten(0, -2).T).T.contiguous()
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
 class KVCache:
     """The keys and values of one attention layer for the positions read so far, in memory allocated once."""
 
@@ -126,8 +147,8 @@ class CausalSelfAttention(nn.Module):
         self.fused = fused
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -160,8 +181,8 @@ class MLP(nn.Module):
         super().__init__()
         self.fused = fused
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         x = self.gelu(self.c_fc(x))                                         # (B, T, C) -> (B, T, ratio * C)
@@ -281,7 +302,7 @@ class GPT(nn.Module):
         cross-entropy in nats per id, a scalar. Raises ValueError if T is above block_size."""
         x = self.hidden(ids)
         if targets is None:
-            return F.linear(x, self.head)[..., :self.config.vocab_size]     # (B, T, C) -> (B, T, V)
+            return linear(x, self.head)[..., :self.config.vocab_size]       # (B, T, C) -> (B, T, V)
         total = LinearCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(),
                                          self.config.vocab_size, torch.is_grad_enabled())
         return total / targets.numel()
@@ -321,7 +342,7 @@ class GPT(nn.Module):
                 for cache in caches:
                     cache.length = 0
             x = self.hidden(unread, caches)[:, -1]                          # (B, T) -> (B, C)
-            logits = F.linear(x, self.head)[:, :self.config.vocab_size]     # (B, C) -> (B, V)
+            logits = linear(x, self.head)[:, :self.config.vocab_size]       # (B, C) -> (B, V)
             next_ids = pick(logits.float(), temperature, top_k, top_p, generator)
             yield next_ids
             unread = next_ids.unsqueeze(1)                                  # (B,) -> (B, 1)

@@ -15,6 +15,8 @@ import torch
 from gpt import ModelError, load_checkpoint
 from prepare import TOKENIZERS, Parser, UserError, count, get_tokenizer, number, one_line_errors, seed
 
+DTYPES = ("float32", "float16", "bfloat16")
+
 
 def choose_device(name=None):
     """Returns the torch.device of that name, by default a CUDA GPU if there is one, otherwise the CPU. Raises
@@ -28,6 +30,29 @@ def choose_device(name=None):
     if device is None or (device.index or 0) >= found.get(device.type, 0):
         raise UserError(f"there is no device {name} here: use --device cpu, or leave the flag out")
     return device
+
+
+def choose_dtype(name, device):
+    """Returns the dtype for matrix products: the one of that name, by default the fastest that the device has
+    hardware for. Raises UserError if it does not run there."""
+    if name is None:
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        # Older versions of PyTorch cannot tell what a CPU has, and get float32.
+        abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
+    dtype = getattr(torch, name)
+    try:
+        x = torch.ones(8, 8, device=device, requires_grad=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y = x @ x
+        y.sum().backward()
+        runs = y.dtype == dtype
+    except RuntimeError:
+        runs = False
+    if not runs:
+        raise UserError(f"{name} does not run on this {device.type} device: use --dtype float32")
+    return dtype
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
@@ -86,6 +111,7 @@ def parse_args(argv):
     add("--top_p", type=number(float, lambda p: 0 < p <= 1, "above 0 and at most 1"), default=1.0,
         help="draw from the fewest ids that have this probability together")
     add("--seed", type=seed, default=1337, help="same seed and flags, same text")
+    add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     return parser.parse_args(argv)
 
@@ -94,6 +120,7 @@ def main(argv=None):
     args = parse_args(argv)
     with one_line_errors(UserError, ModelError, OSError):
         device = choose_device(args.device)
+        dtype = choose_dtype(args.dtype, device)
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
         model, meta = load_checkpoint(args.checkpoint or newest_checkpoint())
         name = str(meta["data"].get("tokenizer")) if isinstance(meta.get("data"), dict) else None
@@ -108,7 +135,7 @@ def main(argv=None):
         if args.num_samples > 1:
             print("--- sample 1 ---")
         print(prompt, end="", flush=True)
-        for added in complete(model.to(device), tokenizer, prompt, args.max_new_tokens,
+        for added in complete(model.to(device, dtype), tokenizer, prompt, args.max_new_tokens,
                               num_samples=args.num_samples, seed=args.seed, temperature=args.temperature,
                               top_k=args.top_k, top_p=args.top_p):
             print(added[0], end="", flush=True)

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt import GPT, MODELS, ModelError, load_checkpoint, save_checkpoint
 from prepare import Parser, UserError, count, duration, number, one_line_errors, positive, seed
 from prepare import get_tokenizer, load_meta, load_tokens
-from sample import choose_device, complete
+from sample import DTYPES, choose_device, choose_dtype, complete
 
 # Flags that override the sizes of --model.
 SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "n_embd": "width, C",
@@ -332,29 +332,6 @@ def first_not_finite(model, micro_batches, autocast):
 def seed_dropout(seed, step, rank):
     """Makes dropout depend on nothing but these three, in particular not on what this process did before."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
-
-
-def choose_dtype(name, device):
-    """Returns the dtype for matrix products: the one of that name, by default the fastest that the device has
-    hardware for. Raises UserError if it does not run there."""
-    if name is None:
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        # Older versions of PyTorch cannot tell what a CPU has, and get float32.
-        abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
-    dtype = getattr(torch, name)
-    try:
-        x = torch.ones(8, 8, device=device, requires_grad=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y = x @ x
-        y.sum().backward()
-        runs = y.dtype == dtype
-    except RuntimeError:
-        runs = False
-    if not runs:
-        raise UserError(f"{name} does not run on this {device.type} device: use --dtype float32")
-    return dtype
 
 
 @torch.no_grad()
@@ -757,7 +734,7 @@ def make_parser():
     add("--eval_batch_size", type=count, default=16, help="windows per process and batch in evaluation")
     add("--log_interval", type=count, default=10, help="steps between log lines")
     add("--keep_epochs", type=count, default=4, help="epochs between checkpoints that are kept")
-    add("--dtype", choices=("float32", "float16", "bfloat16"),
+    add("--dtype", choices=DTYPES,
         help="of matrix products (default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")

@@ -204,6 +204,15 @@ def test_generation_with_a_cache_equals_generation_without_also_past_the_block(
     assert torch.equal(torch.stack(cached, dim=1), plain)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (8, 1, 48), (3, 5, 48), (5, 13, 48)])
+def test_in_bfloat16_a_layer_gives_few_rows_what_it_gives_many(shape, bias):
+    layer = gpt.Linear(48, 80, bias=bias).bfloat16()
+    x = torch.randn(shape).bfloat16()
+    exact = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
+    assert layer(x).is_contiguous() and torch.allclose(layer(x).float(), exact, atol=0.02)
+
+
 def test_the_cache_is_allocated_once(model, monkeypatch):
     caches = []
     init = gpt.KVCache.__init__

@@ -9,7 +9,7 @@ import torch
 
 import gpt
 from prepare import get_tokenizer
-from sample import complete, main
+from sample import choose_dtype, complete, main
 
 
 class Script:
@@ -62,6 +62,29 @@ def test_the_flags_reach_the_model(says, monkeypatch):
     says("--max_new_tokens", 7, "--temperature", 0.5, "--top_k", 9, "--top_p", 0.6, "--seed", 5)
     generator = asked.pop("generator")
     assert asked == {"n": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.6} and generator.initial_seed() == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_default_dtype_on_a_cpu_is_bfloat16_where_it_has_units_for_it(monkeypatch, dtype):
+    abilities = {"avx512_bf16": dtype == torch.bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    assert choose_dtype(None, torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize("capability, dtype", [
+    ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_the_default_dtype_on_a_gpu_is_bfloat16_from_compute_capability_8(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype(None, torch.device("cuda")) == dtype
+
+
+@pytest.mark.parametrize("flags, dtype", [([], torch.bfloat16), (["--dtype", "float32"], torch.float32)])
+def test_the_model_computes_in_the_fastest_dtype_or_in_the_given_one(says, monkeypatch, flags, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    dtypes = []
+    monkeypatch.setattr(gpt.GPT, "generate", lambda self, *a, **o: dtypes.append(self.head.dtype) or [])
+    says(*flags)
+    assert dtypes == [dtype]
 
 
 def test_the_text_begins_with_the_prompt(says):

@@ -153,20 +153,6 @@ def test_gradients_are_clipped_to_a_norm_and_the_norm_before_is_reported(tiny):
     assert torch.allclose(clipped, gradient * 0.5 / norm, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_default_dtype_on_a_cpu_is_bfloat16_where_it_has_units_for_it(monkeypatch, dtype):
-    abilities = {"avx512_bf16": dtype == torch.bfloat16}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
-    assert train.choose_dtype(None, CPU) == dtype
-
-
-@pytest.mark.parametrize("capability, dtype", [
-    ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
-def test_the_default_dtype_on_a_gpu_is_bfloat16_from_compute_capability_8(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert train.choose_dtype(None, torch.device("cuda")) == dtype
-
-
 # ------------------------------------------------------------------------------------------------ a run
 
 def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsys, monkeypatch):
