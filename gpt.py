@@ -168,7 +168,7 @@ class CausalSelfAttention(nn.Module):
         if self.fused and not kernel_is_slow:
             assert T == S or T == 1     # the cache was empty, or gets one position, which may look at all
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        scores = q @ k.transpose(2, 3) / math.sqrt(D)                       # (B, H, T, D) -> (B, H, T, S)
+        scores = q / math.sqrt(D) @ k.transpose(2, 3)                       # (B, H, T, D) -> (B, H, T, S)
         mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
         weights = (scores + mask).softmax(-1)                               # none for later positions
         return F.dropout(weights, dropout) @ v                              # (B, H, T, S) -> (B, H, T, D)
@@ -216,13 +216,14 @@ class Block(nn.Module):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum over N rows of -log softmax(x @ weight.T)[target], without ever holding all N * V logits: they
-    are computed, used and dropped a few rows at a time.
+    are computed, turned into their own gradients, used and dropped, a few rows at a time.
 
     The gradient with respect to a row's logits is softmax(logits) - onehot(target), which is known as soon as
     the logits are. So forward computes the gradients of x and weight as well, and backward only multiplies
     them by the incoming gradient.
     """
-    LOGITS_AT_ONCE = 2 ** 25    # 128 MiB in float32
+    LOGITS_AT_ONCE = 2 ** 26    # 128 MiB in bfloat16
+    SOFTMAX_AT_ONCE = 2 ** 21   # the part of them that a CPU turns into float32 at a time: 8 MiB
     ROWS_AT_ONCE = 2048         # so that sums of grad_logits.T @ x stay below float16's limit of 65,504
 
     @staticmethod
@@ -233,18 +234,22 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         n_rows = max(1, min(LinearCrossEntropy.ROWS_AT_ONCE,
                             LinearCrossEntropy.LOGITS_AT_ONCE // weight.shape[0]))
+        few = n_rows if x.is_cuda else max(1, LinearCrossEntropy.SOFTMAX_AT_ONCE // weight.shape[0])
         for start in range(0, x.shape[0], n_rows):
             rows = slice(start, start + n_rows)
-            logits = F.linear(x[rows], weight).float()                      # (rows, C) -> (rows, padded V)
+            logits = F.linear(x[rows], weight)                              # (rows, C) -> (rows, padded V)
             logits[:, vocab_size:] = -math.inf                              # padding gets no probability
-            log_softmax = F.log_softmax(logits, dim=1)
-            target = torch.arange(len(logits), device=x.device), targets[rows]
-            loss -= log_softmax[target].sum()
+            for part, target in zip(logits.split(few), targets[rows].split(few), strict=True):
+                log_softmax = F.log_softmax(part.float(), dim=1)            # (few, padded V)
+                at_target = torch.arange(len(part), device=x.device), target
+                loss -= log_softmax[at_target].sum()
+                if with_gradients:
+                    grad_part = log_softmax.exp_()
+                    grad_part[at_target] -= 1
+                    part.copy_(grad_part)                                   # logits are now grad_logits
             if with_gradients:
-                grad_logits = log_softmax.exp()
-                grad_logits[target] -= 1
-                grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
-                grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
+                grad_x[rows] = logits @ weight                              # (rows, padded V) -> (rows, C)
+                grad_weight += logits.T @ x[rows]                           # -> (padded V, C)
         if with_gradients:
             ctx.save_for_backward(grad_x, grad_weight)
         return loss

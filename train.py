@@ -14,6 +14,7 @@ one GPU.
 """
 
 import argparse
+import ctypes
 import errno
 import json
 import math
@@ -327,6 +328,15 @@ def first_not_finite(model, micro_batches, autocast):
     for hook in hooks:
         hook.remove()
     return found[0] if found else None
+
+
+def keep_freed_memory():
+    """Makes the C library keep freed memory for the next step, if it is glibc. By default, it returns large
+    blocks to the system, which must fill them with zeros before each use: up to 40% of a step's time."""
+    with suppress(OSError, AttributeError, TypeError):      # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)      # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, -1)     # M_TRIM_THRESHOLD: what is freed stays
 
 
 def seed_dropout(seed, step, rank):
@@ -792,6 +802,7 @@ def main(argv=None):
             ", as there is a CUDA GPU" if world.device.type == "cuda" else ", as there is no CUDA GPU")
         world.print(f"training {args.model} on {world.device.type}{why}; writing to {out}")
         told_to_stop.allow(args.max_minutes or math.inf)
+        keep_freed_memory()
         run = Run(args, world, told_to_stop, saved)
         del saved       # its memory is not needed any more
         run.train()

@@ -117,9 +117,11 @@ def test_a_sequence_longer_than_the_block_is_a_loud_error(model):
 # ------------------------------------------------------------------------------------------------- loss
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("logits_at_once", [1, 320 * 5, 2 ** 25])
-def test_the_loss_is_plain_cross_entropy_in_value_and_gradients(tiny, monkeypatch, tied, logits_at_once):
+@pytest.mark.parametrize("logits_at_once, softmax_at_once", [(1, 1), (320 * 5, 320 * 2), (2 ** 26, 2 ** 21)])
+def test_the_loss_is_plain_cross_entropy_in_value_and_gradients(
+        tiny, monkeypatch, tied, logits_at_once, softmax_at_once):
     monkeypatch.setattr(gpt.LinearCrossEntropy, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(gpt.LinearCrossEntropy, "SOFTMAX_AT_ONCE", softmax_at_once)
     model = GPT(replace(tiny, tied=tied))
     ids = random_ids(tiny, 3, 17)
     loss = model(ids[:, :-1], ids[:, 1:])
