@@ -24,6 +24,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import zlib
 from collections import deque
@@ -113,6 +114,20 @@ def get_tokenizer(name):
     except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
         raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
                         "folder that has it, or use --tokenizer bytes, which needs no download") from error
+
+
+def encode_with_own(tokenizer):
+    """Returns a function like encode, to be called from several threads. Each uses its own copy of the
+    tokenizer: threads that share one wait for each other, and take a quarter longer."""
+    own = threading.local()
+
+    def encode_pieces(pieces):
+        if not hasattr(own, "tokenizer"):
+            own.tokenizer = tiktoken.Encoding(
+                tokenizer.name, pat_str=tokenizer._pat_str, mergeable_ranks=tokenizer._mergeable_ranks,
+                special_tokens=tokenizer._special_tokens)
+        return encode(own.tokenizer, pieces)
+    return encode_pieces
 
 
 def encode(tokenizer, pieces):
@@ -266,7 +281,6 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
     something is wrong with a source; the folder is then left as it was."""
     files = [file for source in sources for file in find_files(source)]
     tokenizer = get_tokenizer(tokenizer_name)
-    tokenizer.encode("warm up")     # where a worker thread is the first to use it, all take twice as long
     progress = Progress(files, sample_size)
     pieces = read_pieces(files, progress)
     if sample_size is not None:
@@ -277,7 +291,7 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp") as temporary:
         train, val, meta_json = (Path(temporary, name) for name in ("train.bin", "val.bin", "meta.json"))
         with open(train, "wb") as file, closing(progress):
-            for ids in in_order(lambda batch: encode(tokenizer, batch), batches(pieces), workers):
+            for ids in in_order(encode_with_own(tokenizer), batches(pieces), workers):
                 file.write(ids.tobytes())
         move_tail(train, val, int(train.stat().st_size // ID.itemsize * (1 - val_fraction)))
         meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab,
