@@ -201,20 +201,21 @@ def shuffled(places, n, seed):
     """Returns which of n windows is at each of these places in the order of training. Epoch e is places e * n
     to (e + 1) * n - 1 and contains every window once, in an order of its own.
 
-    Nothing is stored and no place depends on another: a Feistel network (Luby and Rackoff 1988) permutes all
-    numbers of an even number of bits, and a result of n or more goes through it again until it is below n
-    (cycle walking, Black and Rogaway 2002).
+    Nothing is stored and no place depends on another: a generalized Feistel network permutes the cells of a
+    table with hardly more than n cells, and from a cell that is not one of the first n it goes on to the next
+    until it is (Black and Rogaway 2002).
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))       # the network mixes halves of so many bits
-    mask = (np.uint64(1) << half) - np.uint64(1)
+    rows = np.uint64(math.isqrt(n - 1) + 1)
+    columns = (np.uint64(n) + rows - np.uint64(1)) // rows
     epoch, window = np.divmod(np.asarray(places, dtype=np.uint64), np.uint64(n))
     key = mix(epoch + mix(np.full_like(epoch, seed)))
     walking = np.full(window.shape, True)
     while walking.any():
-        for layer in range(6):
-            left, right = window >> half, window & mask
-            left ^= mix(right + key + np.uint64(layer << 40)) & mask
-            window = np.where(walking, right << half | left, window)
+        row, column = np.divmod(window, columns)
+        for layer in range(3):      # each depends on the other, and moves round by so much
+            row = (row + mix(column + key + np.uint64(2 * layer << 40)) % rows) % rows
+            column = (column + mix(row + key + np.uint64(2 * layer + 1 << 40)) % columns) % columns
+        window = np.where(walking, row * columns + column, window)
         walking = window >= n
     return window.astype(np.int64)
 
