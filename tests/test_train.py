@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import re
@@ -116,12 +117,56 @@ def test_without_warmup_the_learning_rate_starts_at_its_peak():
     assert learning_rate(0, 100, 0, 6e-4, 0.0, "linear") == 6e-4
 
 
-def test_matrices_decay_and_vectors_do_not(tiny):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_decay_and_vectors_do_not(tiny, name):
     model = gpt.GPT(tiny)
-    decaying, others = train.make_optimizer(model, 0.1, CPU).param_groups
-    assert decaying["weight_decay"] == 0.1 and {p.dim() for p in decaying["params"]} == {2}
-    assert others["weight_decay"] == 0.0 and {p.dim() for p in others["params"]} == {1}
-    assert len(decaying["params"]) + len(others["params"]) == len(list(model.parameters()))
+    groups = train.make_optimizer(name, model, 0.1, CPU).param_groups
+    assert {p.dim(): group["weight_decay"] for group in groups for p in group["params"]} == {2: 0.1, 1: 0.0}
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 64), (2, 96, 24)])
+def test_muon_brings_the_singular_values_of_matrices_near_1_and_keeps_their_directions(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    s = u.mT @ train.orthogonal(1000 * x) @ v.mT
+    diagonal = s.diagonal(dim1=1, dim2=2)
+    assert diagonal.min() > 0.65 and diagonal.max() < 1.25
+    assert (s - torch.diag_embed(diagonal)).abs().max() < 1e-4
+
+
+def test_a_step_of_muon_moves_matrices_in_blocks_by_their_orthogonal_momentum_and_the_rest_as_adamw(tiny):
+    before = gpt.GPT(tiny)
+    by_muon, by_adamw = copy.deepcopy(before), copy.deepcopy(before)
+    for name, model in ("muon", by_muon), ("adamw", by_adamw):
+        optimizer = train.make_optimizer(name, model, 0.1, CPU)
+        for i in range(2):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01
+                for p in group["params"]:
+                    p.grad = torch.ones_like(p) if p.dim() < 2 else torch.eye(*p.shape) * (i + 1)
+            optimizer.step()
+    for (name, p), start, other in zip(
+            by_muon.named_parameters(), before.parameters(), by_adamw.parameters(), strict=True):
+        if name.startswith("h.") and p.dim() == 2:
+            for _ in range(2):      # the mean of multiples of a matrix is a multiple, too
+                direction = train.orthogonal(torch.eye(*p.shape)[None])[0]
+                start = start * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(p.shape) ** 0.5 * direction
+            assert torch.allclose(p, start, atol=1e-6), name
+        else:
+            assert torch.equal(p, other), name
+
+
+def test_the_momentum_of_muon_is_a_running_mean_with_nesterovs_look_ahead(tiny):
+    model = gpt.GPT(tiny)
+    optimizer = train.make_optimizer("muon", model, 0.1, CPU)
+    weight, mean = model.h[0].mlp.c_fc.weight, 0
+    for _ in range(3):
+        weight.grad = torch.randn_like(weight)
+        mean = 0.95 * mean + 0.05 * weight.grad
+        with torch.no_grad():
+            found = optimizer.averaged_gradient(weight)
+        assert torch.allclose(found, 0.95 * mean + 0.05 * weight.grad, atol=1e-6)
 
 
 def gradient_of_an_update(tiny, n_micro_batches, grad_clip=1e9):

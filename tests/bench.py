@@ -1,0 +1,489 @@
+"""How fast this is, beside what one would use instead, and beside what the machine can do.
+
+    pip install -e '.[bench]'
+    python tests/bench.py                       all rows for a CPU, about 25 minutes
+    python tests/bench.py generation prepare    the rows of these groups
+    python tests/bench.py --device cuda         training and generation on a GPU
+
+Each row is a ratio of medians. Its two sides are measured in turn, each in a process of its own, so that what
+else the machine does meets both. "Plain" is this model as it is often written: float32, all logits at once,
+no cache, eager. "Hugging Face" is GPT2LMHeadModel with the same weights, in the same dtype as ours.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SHAKESPEARE, provide_gpt2_vocabulary
+
+import gpt
+import prepare
+import train
+from sample import choose_dtype
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+class Side:
+    """One side of a comparison: a process that calls make(*args) once, and what that returns at each call,
+    which returns how much it did. A call returns amounts per second; `memory` is then the process's peak
+    resident memory, or on a GPU that of its tensors, in GB."""
+
+    def __init__(self, make, *args):
+        self.connection, other = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=serve, args=(other, make, args), daemon=True)
+        self.process.start()
+        other.close()
+
+    def __call__(self):
+        self.connection.send(True)
+        rate, self.memory = self.connection.recv()
+        return rate
+
+
+def serve(connection, make, args):
+    work = make(*args)
+    work()                                      # what is slow only once is not measured
+    while connection.recv():
+        started = time.perf_counter()
+        amount = work()
+        connection.send((amount / (time.perf_counter() - started), peak_memory()))
+
+
+def peak_memory():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(peak.split()[1]) * 1024 / 1e9
+
+
+def medians(repeats, *sides):
+    """Calls the sides in turn, and returns the median of each."""
+    return [statistics.median(values) for values in zip(*([side() for side in sides] for _ in range(repeats)),
+                                                        strict=True)]
+
+
+def close(*sides):
+    for side in sides:
+        side.process.kill()
+        side.process.join()
+
+
+def row(what, ours, other, ratio, target=""):
+    print(f"| {what} | {ours} | {other} | {ratio} | {target} |", flush=True)
+
+
+# -------------------------------------------------------------------------------------------- the machine
+
+def limits(device):
+    """Prints what the machine can do at most."""
+    def seconds(work):
+        return 1 / statistics.median(Clock(work, device)() for _ in range(10))
+
+    n = 2048 if device == "cpu" else 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        rate = 2 * n ** 3 / seconds(lambda a=a, b=b: a @ b) / 1e9
+        print(f"matrix product of {n}^3 in {dtype}: {rate:,.0f} GFLOP/s")
+    source = torch.randn(2 ** 26, device=device)
+    target = torch.empty_like(source)
+    rate = 2 * source.nbytes / seconds(lambda: target.copy_(source)) / 1e9
+    print(f"memory copy: {rate:,.0f} GB/s read and written")
+    weights = [w.to(device, torch.bfloat16) for w in product_weights(gpt.GPT(gpt.MODELS["gpt2"]))]
+    for rows in (1, 8):
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=device).bfloat16() for w in weights}
+        rate = rows / seconds(lambda inputs=inputs: [F.linear(inputs[w.shape[1]], w) for w in weights])
+        print(f"gpt2's products alone, bfloat16, F.linear, batch {rows}: {rate:,.0f} tokens/s")
+
+
+class Clock:
+    def __init__(self, work, device):
+        self.work, self.device = work, device
+        self()
+
+    def __call__(self):
+        """Returns how many times a second the work can be done."""
+        started = time.perf_counter()
+        self.work()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return 1 / (time.perf_counter() - started)
+
+
+def product_weights(model):
+    """The matrices that each generated id is multiplied with."""
+    return [*(w for w in model.h.parameters() if w.dim() == 2), model.head]
+
+
+# ----------------------------------------------------------------------------------------------- training
+
+def hugging_face(model):
+    """Returns a GPT2LMHeadModel with the weights of this model."""
+    from transformers import GPT2LMHeadModel
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return GPT2LMHeadModel.from_pretrained(folder)
+
+
+def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=False):
+    """Takes steps of AdamW on random ids, as train.py does or as others do."""
+    torch.manual_seed(0)
+    device = torch.device(device)
+    model = gpt.GPT(gpt.MODELS[name]).to(device)
+    ids = torch.randint(model.config.vocab_size, (batch_size, length + 1), device=device)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    dtype = torch.float32 if kind == "plain" else dtype or choose_dtype(None, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if kind == "ours":
+        train.keep_freed_memory()
+        optimizer = train.make_optimizer("muon" if name == "nano" else "adamw", model, 1e-4, device)
+        net = torch.compile(model) if compiled else model
+    else:
+        if kind == "plain":
+            net = lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten())             # noqa: E731
+        else:
+            model = hugging_face(model).to(device).train()
+            net = lambda x, y: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())      # noqa: E731
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-4)
+    n_steps = max(1, 16384 // ids.numel()) if device.type == "cpu" else 10
+
+    def steps():
+        for _ in range(n_steps):
+            if kind == "ours":
+                train.update(net, optimizer, scaler, autocast, [(inputs, targets)], 1e-4, 1.0)
+                continue
+            with autocast:
+                loss = net(inputs, targets)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            loss.item()
+        return n_steps * inputs.numel()
+    return steps
+
+
+def bench_training(repeats):
+    for name, batch_size, length, target, memory_target in (
+            ("gpt2", 4, 512, "2.0", "0.75"), ("nano", 16, 128, "1.5", "")):
+        what = f"training `{name}`, B {batch_size}, T {length}"
+        sides = [Side(training, kind, name, batch_size, length) for kind in ("ours", "plain", "Hugging Face")]
+        ours, *others = medians(repeats, *sides)
+        for kind, other in zip(("plain", "Hugging Face"), others, strict=True):
+            row(f"{what}: tokens/s", f"{ours:,.0f}", f"{kind} {other:,.0f}", f"{ours / other:.2f}",
+                f"≥ {target}" if kind == "plain" else "")
+        ours_memory, plain_memory = sides[0].memory, sides[1].memory
+        row(f"{what}: peak memory", f"{ours_memory:.2f} GB", f"plain {plain_memory:.2f} GB",
+            f"{ours_memory / plain_memory:.2f}", f"≤ {memory_target}" if memory_target else "")
+        close(*sides)
+        bench_loading(what, batch_size, length, batch_size * length / ours)
+
+
+def bench_loading(what, batch_size, length, step_seconds):
+    """Compares the time to read a step's batch, out of 10^6 or 10^11 ids, with the time of a step."""
+    class World:
+        rank, size, device = 0, 1, torch.device("cpu")
+
+    for n in (10 ** 6, 10 ** 11):
+        with open("sparse.bin", "wb") as file:
+            file.truncate(2 * n)
+        windows = train.Windows(np.memmap("sparse.bin", prepare.ID, "r"), length, length, 50257)
+        batches = train.Batches(windows, batch_size, batch_size, 1337, World)
+        clock = Clock(lambda batches=batches: [batches(step) for step in range(20)], "cpu")
+        seconds = 1 / statistics.median(clock() for _ in range(25)) / 20
+        row(f"{what}: reading a batch of {n:.0e} ids", f"{seconds * 1e3:.2f} ms",
+            f"step {step_seconds * 1e3:,.0f} ms", f"{seconds / step_seconds:.2%}", "≤ 1%")
+    os.remove("sparse.bin")
+
+
+def bench_cuda_training(repeats):
+    from functools import partial
+    batch_size, length, config = 16, 1024, gpt.MODELS["gpt2"]
+    parameters = sum(w.numel() for w in product_weights(gpt.GPT(config)))
+    flops = 6 * parameters + 12 * config.n_layer * config.n_embd * length       # per token; PaLM, appendix B
+    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    peak = 2 * 8192 ** 3 * statistics.median(Clock(partial(torch.mm, a, b), "cuda")() for _ in range(20))
+    for kind, dtype, compiled in (
+            ("ours", "bfloat16", False), ("ours", "bfloat16", True), ("ours", "float16", False),
+            ("ours", "float16", True), ("Hugging Face", "bfloat16", False), ("plain", "float32", False)):
+        side = Side(training, kind, "gpt2", batch_size, length, "cuda", getattr(torch, dtype), compiled)
+        [rate] = medians(repeats, side)
+        name = f"{kind}, {dtype}" + (", compiled" if compiled else "")
+        row(f"training `gpt2`, B {batch_size}, T {length}: {name}", f"{rate:,.0f} tokens/s",
+            f"{side.memory:.1f} GB", f"{rate * flops / peak:.0%} of the bf16 product", "")
+        close(side)
+
+
+# --------------------------------------------------------------------------------------------- generation
+
+def generation(kind, batch_size, n, device="cpu"):
+    """Generates n ids in bfloat16, the likeliest each time; for "products", only multiplies the weights with
+    as many rows as often; for "plain", in float32 and without a cache."""
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.MODELS["gpt2"]).eval()
+    ids = torch.full((batch_size, 1), 50256, device=device)
+    if kind == "plain":
+        @torch.inference_mode()
+        def work():
+            context = ids
+            for _ in range(n):
+                context = torch.cat([context, model(context)[:, -1:].argmax(-1)], dim=1)
+            return n * batch_size
+        return work
+    if kind == "Hugging Face":
+        theirs = hugging_face(model).to(device, torch.bfloat16).eval()
+
+        def work():
+            theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                            do_sample=False, pad_token_id=50256)
+            return n * batch_size
+        return work
+    model = model.to(device, torch.bfloat16)
+    weights = product_weights(model)
+    inputs = {w.shape[1]: torch.randn(batch_size, 1, w.shape[1], device=device).bfloat16() for w in weights}
+
+    @torch.inference_mode()
+    def products():
+        for _ in range(n):
+            for weight in weights:
+                gpt.linear(inputs[weight.shape[1]], weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return n * batch_size
+
+    def work():
+        for next_ids in model.generate(ids, n, temperature=0):
+            next_ids.tolist()
+        return n * batch_size
+    return products if kind == "products" else work
+
+
+def bench_generation(repeats, device="cpu"):
+    for batch_size, target in ((1, "1.8"), (8, "2.5")):
+        kinds = ("ours", "Hugging Face", "products")
+        sides = [Side(generation, kind, batch_size, 256, device) for kind in kinds]
+        ours, theirs, products = medians(repeats, *sides)
+        close(*sides)
+        what = f"generation, `gpt2`, bfloat16, batch {batch_size}, 256 ids: tokens/s"
+        row(what, f"{ours:.0f}", f"Hugging Face {theirs:.0f}", f"{ours / theirs:.2f}", f"≥ {target}")
+        row(what, f"{ours:.0f}", f"its products alone {products:.0f}", f"{ours / products:.2f}", "≥ 0.85")
+
+
+def bench_cache(repeats):
+    sides = [Side(generation, "ours", 1, 64), Side(generation, "plain", 1, 64)]
+    ours, plain = medians(repeats, *sides)
+    close(*sides)
+    row("generation, `gpt2`, batch 1, 64 ids: tokens/s", f"{ours:.0f}", f"plain {plain:.1f}",
+        f"{ours / plain:.1f}", "")
+    model = gpt.GPT(gpt.MODELS["gpt2"]).eval().bfloat16()
+    at = {10: [], 1000: []}
+    for _ in range(repeats):
+        ticks = [time.perf_counter() for _ in model.generate(torch.full((1, 1), 50256), 1020, temperature=0)]
+        for token, times in at.items():
+            times += [ticks[i] - ticks[i - 1] for i in range(token - 8, token + 8)]
+    first, last = (statistics.median(times) * 1e3 for times in at.values())
+    row("generation, `gpt2`, batch 1: time of token 1,000 against token 10", f"{last:.1f} ms",
+        f"{first:.1f} ms", f"{last / first:.2f}", "≤ 1.3")
+
+
+# ------------------------------------------------------------------------------------------------ prepare
+
+def preparing(kind, path):
+    """Encodes a .jsonl file with GPT-2's tokenizer. For "loop", with encode_ordinary, document by document;
+    for "ceiling", nothing but the encoding, of text that is in memory, on as many threads as there are cores,
+    each with a tokenizer of its own."""
+    tokenizer = prepare.get_tokenizer("gpt2")
+    if kind == "ours":
+        def work():
+            meta = prepare.prepare([path], "prepared", "gpt2")
+            return meta["train"]["tokens"] + meta["val"]["tokens"]
+    elif kind == "loop":
+        def work():
+            n = 0
+            with open(path, encoding="utf-8") as file, open("loop.bin", "wb") as out:
+                for line in file:
+                    ids = [*tokenizer.encode_ordinary(json.loads(line)["text"]), tokenizer.eot_token]
+                    n += len(ids)
+                    np.array(ids, dtype=np.uint16).tofile(out)
+            return n
+    else:
+        documents = [(json.loads(line)["text"], True) for line in open(path, encoding="utf-8")]
+        batches = list(prepare.batches(documents))
+        encode = prepare.encode_with_own(tokenizer)
+
+        def work():
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return sum(map(len, pool.map(encode, batches)))
+    return work
+
+
+def bench_prepare(repeats):
+    lines = [json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) + "\n"
+             for path in prepare.find_files("python")]
+    for name, times in (("small.jsonl", 4), ("large.jsonl", 16)):
+        with open(name, "w", encoding="utf-8") as file:
+            file.writelines(lines * times)
+    size = Path("small.jsonl").stat().st_size / 1e6
+    what = f"preparing with `gpt2`, {size:.0f} MB of Python: million ids/s"
+    sides = [Side(preparing, kind, "small.jsonl") for kind in ("ours", "loop", "ceiling")]
+    ours, loop, ceiling = (rate / 1e6 for rate in medians(repeats, *sides))
+    row(what, f"{ours:.1f}", f"encode_ordinary in a loop {loop:.1f}", f"{ours / loop:.2f}", "≥ 2.2")
+    row(what, f"{ours:.1f}", f"encoding alone {ceiling:.1f}", f"{ours / ceiling:.2f}", "≥ 0.90")
+    large = Side(preparing, "ours", "large.jsonl")
+    large()
+    row("preparing: peak memory for four times the text", f"{large.memory * 1e3:.0f} MB",
+        f"{sides[0].memory * 1e3:.0f} MB", f"{large.memory / sides[0].memory:.2f}", "≤ 500 MB")
+    close(*sides, large)
+
+
+# --------------------------------------------------------------------------------------------- whole runs
+# Flags for the same model at the same context as others_quickstart.
+SHAKESPEARE_RECIPE = ["--data", "data/shakespeare", "--block_size", "64", "--batch_size", "16",
+                      "--max_steps", "400", "--lr", "1e-2", "--eval_interval", "400", "--eval_windows", "9999"]
+
+
+def run(launcher, out, *flags):
+    """Runs train.py; returns the rows of its log, and its seconds from start to end."""
+    started = time.perf_counter()
+    subprocess.run([*launcher, ROOT / "train.py", "--out", out, *flags], check=True, capture_output=True)
+    seconds = time.perf_counter() - started
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()], seconds
+
+
+def bench_ranks(repeats):
+    prepare.prepare(["python"], "data/python", "bytes")
+
+    def speed(launcher, out):
+        rows, _ = run(launcher, f"{out}{time.time()}", "--max_steps", "400")
+        return statistics.median(row["tokens_per_second"] for row in rows[1:] if "loss" in row)
+
+    two, one = medians(repeats, lambda: speed(TORCHRUN, "two"), lambda: speed([sys.executable], "one"))
+    row("training `nano`, two processes of one thread: tokens/s", f"{two:,.0f}",
+        f"one process of two threads {one:,.0f}", f"{two / one:.2f}", "≥ 0.9")
+
+    def start(command, line):
+        started = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for text in process.stdout:
+                if text.startswith(line):
+                    break
+            seconds = time.perf_counter() - started
+            process.kill()
+        return seconds
+
+    command = [sys.executable, ROOT / "train.py", "--max_steps", "9999", "--log_interval", "1", "--out"]
+    first_step, imports = medians(
+        repeats, lambda: start([*command, f"start{time.time()}"], "step 1/"),
+        lambda: start([sys.executable, "-c", "import torch; print('torch')"], "torch"))
+    row("from `python train.py` to the first step of `nano`", f"{first_step:.1f} s",
+        f"import torch alone {imports:.1f} s", f"{first_step / imports:.1f}", "≤ 6 s")
+
+
+def others_quickstart(path):
+    """Trains a byte-level model as others' CPU quickstarts do: 4 layers, width 128, context 64, 2,000 steps
+    of 12 windows in float32, AdamW at 1e-3 falling to 1e-4. Prints the loss over all of the validation text.
+    """
+    torch.manual_seed(1337)
+    ids = torch.tensor(list(Path(path).read_bytes()))
+    ids, val = ids[:int(0.9 * len(ids))], ids[int(0.9 * len(ids)):]
+    config = replace(gpt.MODELS["nano"], block_size=64, bias=False)
+    model = gpt.GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(2000):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, 2000, 100, 1e-3, 1e-4, "cosine")
+        windows = ids[torch.randint(len(ids) - 65, (12, 1)) + torch.arange(65)]
+        logits = model(windows[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    windows = val[:(len(val) - 1) // 64 * 64 + 1].unfold(0, 65, 64)
+    with torch.no_grad():
+        print(model(windows[:, :-1], windows[:, 1:]).item())
+
+
+def bench_loss(repeats):
+    """Times whole commands, with imports and a validation at the end."""
+    if not SHAKESPEARE.exists():
+        print(f"skipped: loss against time on tinyshakespeare, as there is no {SHAKESPEARE}")
+        return
+    prepare.prepare([str(SHAKESPEARE)], "data/shakespeare", "bytes")
+    losses = {}
+
+    def ours():
+        rows, seconds = run([sys.executable], f"shakespeare{time.time()}", *SHAKESPEARE_RECIPE)
+        losses["ours"] = rows[-1]["val_loss"]
+        return seconds
+
+    def theirs():
+        started = time.perf_counter()
+        code = f"import bench; bench.others_quickstart({str(SHAKESPEARE)!r})"
+        result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+        losses["theirs"] = float(result.stdout)
+        return time.perf_counter() - started
+
+    seconds, their_seconds = medians(repeats, ours, theirs)
+    row("tinyshakespeare, bytes: time to a validation loss",
+        f"{losses['ours']:.3f} in {seconds:.0f} s", f"others {losses['theirs']:.3f} in {their_seconds:.0f} s",
+        f"{seconds / their_seconds:.2f}", "1.886, ≤ 0.33")
+
+
+def bench_quickstart():
+    prepare.prepare(["python"], "data/python", "bytes")
+    rows, seconds = run(TORCHRUN, "quickstart")
+    row("training of the quickstart: bits per byte", f"{rows[-1]['bits_per_byte']:.3f}",
+        f"in {prepare.duration(seconds)}", "")
+
+
+def main():
+    groups = {"training": bench_training, "generation": bench_generation, "cache": bench_cache,
+              "prepare": bench_prepare, "ranks": bench_ranks, "loss": bench_loss,
+              "quickstart": lambda repeats: bench_quickstart()}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="group", help="which rows (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each side is measured")
+    args = parser.parse_args()
+    if args.device == "cuda":
+        groups = {"training": bench_cuda_training, "generation": lambda n: bench_generation(n, "cuda")}
+    if unknown := set(args.groups) - set(groups):
+        parser.error(f"there is no group {', '.join(unknown)}, only {', '.join(groups)}")
+    multiprocessing.set_start_method("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        vocabulary = Path(folder, "vocabulary")
+        vocabulary.mkdir()
+        provide_gpt2_vocabulary(vocabulary)
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
+        print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, PyTorch "
+              f"{torch.__version__}, {time.strftime('%B %Y')}")
+        limits(args.device)
+        print("\n| what | ours | other | ratio | target |\n|---|---|---|---|---|")
+        for name in args.groups or groups:
+            groups[name](args.repeats)
+
+
+if __name__ == "__main__":
+    main()
