@@ -1,7 +1,7 @@
 """How fast this is, beside what one would use instead, and beside what the machine can do.
 
     pip install -e '.[bench]'
-    python tests/bench.py                       all rows for a CPU, about 25 minutes
+    python tests/bench.py                       all rows for a CPU, about 20 minutes
     python tests/bench.py generation prepare    the rows of these groups
     python tests/bench.py --device cuda         training and generation on a GPU
 
@@ -471,7 +471,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="group", help="which rows (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each side is measured")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
     args = parser.parse_args()
     if args.device == "cuda":
         groups = {"training": bench_cuda_training, "generation": lambda n: bench_generation(n, "cuda")}
