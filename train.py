@@ -286,7 +286,7 @@ def make_optimizer(name, model, weight_decay, device):
     biases and LayerNorms. If the name is muon, the matrices inside the blocks are left to Muon."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
     in_blocks = [p for p in model.h.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() >= 2 and all(p is not q for q in in_blocks)]
+    others = [p for p in model.parameters() if p.dim() >= 2 and p not in set(in_blocks)]
     groups = [{"params": in_blocks, "weight_decay": weight_decay, "muon": name == "muon"},
               {"params": others, "weight_decay": weight_decay, "muon": False},
               {"params": vectors, "weight_decay": 0.0, "muon": False}]

@@ -92,37 +92,33 @@ def row(what, ours, other, ratio, target=""):
 
 def limits(device):
     """Prints what the machine can do at most."""
-    def seconds(work):
-        return 1 / statistics.median(Clock(work, device)() for _ in range(10))
-
     n = 2048 if device == "cpu" else 8192
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        rate = 2 * n ** 3 / seconds(lambda a=a, b=b: a @ b) / 1e9
+        rate = 2 * n ** 3 / seconds(lambda a=a, b=b: a @ b, device) / 1e9
         print(f"matrix product of {n}^3 in {dtype}: {rate:,.0f} GFLOP/s")
     source = torch.randn(2 ** 26, device=device)
     target = torch.empty_like(source)
-    rate = 2 * source.nbytes / seconds(lambda: target.copy_(source)) / 1e9
+    rate = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
     print(f"memory copy: {rate:,.0f} GB/s read and written")
     weights = [w.to(device, torch.bfloat16) for w in product_weights(gpt.GPT(gpt.MODELS["gpt2"]))]
     for rows in (1, 8):
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=device).bfloat16() for w in weights}
-        rate = rows / seconds(lambda inputs=inputs: [F.linear(inputs[w.shape[1]], w) for w in weights])
+        rate = rows / seconds(
+            lambda inputs=inputs: [F.linear(inputs[w.shape[1]], w) for w in weights], device)
         print(f"gpt2's products alone, bfloat16, F.linear, batch {rows}: {rate:,.0f} tokens/s")
 
 
-class Clock:
-    def __init__(self, work, device):
-        self.work, self.device = work, device
-        self()
-
-    def __call__(self):
-        """Returns how many times a second the work can be done."""
+def seconds(work, device, repeats=10):
+    """Returns the median time of one call, after a first one that is not counted."""
+    times = []
+    for _ in range(1 + repeats):
         started = time.perf_counter()
-        self.work()
-        if self.device == "cuda":
+        work()
+        if device == "cuda":
             torch.cuda.synchronize()
-        return 1 / (time.perf_counter() - started)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 def product_weights(model):
@@ -213,20 +209,18 @@ def bench_loading(what, batch_size, length, step_seconds):
             file.truncate(2 * n)
         windows = train.Windows(np.memmap("sparse.bin", prepare.ID, "r"), length, length, 50257)
         batches = train.Batches(windows, batch_size, batch_size, 1337, World)
-        clock = Clock(lambda batches=batches: [batches(step) for step in range(20)], "cpu")
-        seconds = 1 / statistics.median(clock() for _ in range(25)) / 20
-        row(f"{what}: reading a batch of {n:.0e} ids", f"{seconds * 1e3:.2f} ms",
-            f"step {step_seconds * 1e3:,.0f} ms", f"{seconds / step_seconds:.2%}", "≤ 1%")
+        batch_seconds = seconds(lambda batches=batches: [batches(s) for s in range(20)], "cpu", 25) / 20
+        row(f"{what}: reading a batch of {n:.0e} ids", f"{batch_seconds * 1e3:.2f} ms",
+            f"step {step_seconds * 1e3:,.0f} ms", f"{batch_seconds / step_seconds:.2%}", "≤ 1%")
     os.remove("sparse.bin")
 
 
 def bench_cuda_training(repeats):
-    from functools import partial
     batch_size, length, config = 16, 1024, gpt.MODELS["gpt2"]
     parameters = sum(w.numel() for w in product_weights(gpt.GPT(config)))
     flops = 6 * parameters + 12 * config.n_layer * config.n_embd * length       # per token; PaLM, appendix B
     a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
-    peak = 2 * 8192 ** 3 * statistics.median(Clock(partial(torch.mm, a, b), "cuda")() for _ in range(20))
+    peak = 2 * 8192 ** 3 / seconds(lambda: a @ b, "cuda")
     for kind, dtype, compiled in (
             ("ours", "bfloat16", False), ("ours", "bfloat16", True), ("ours", "float16", False),
             ("ours", "float16", True), ("Hugging Face", "bfloat16", False), ("plain", "float32", False)):
