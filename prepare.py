@@ -140,8 +140,8 @@ def encode(tokenizer, pieces):
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
         if ends_document:
-            ids.append([tokenizer.eot_token])
-    return np.concatenate(ids).astype(ID)
+            ids.append(np.array([tokenizer.eot_token], ID))
+    return np.concatenate(ids, dtype=ID)
 
 
 # -------------------------------------------------------------------------------------------- documents
@@ -295,7 +295,7 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
                 file.write(ids.tobytes())
         move_tail(train, val, int(train.stat().st_size // ID.itemsize * (1 - val_fraction)))
         meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab,
-                "train": statistics(train, tokenizer), "val": statistics(val, tokenizer)}
+                "train": statistics(train, tokenizer, workers), "val": statistics(val, tokenizer, workers)}
         if not meta["train"]["tokens"] + meta["val"]["tokens"]:
             raise UserError(f"there is no text in {', '.join(sources)}")
         meta_json.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -342,16 +342,20 @@ def move_tail(path, tail_path, n_ids):
         file.truncate(n_ids * ID.itemsize)
 
 
-def statistics(path, tokenizer):
+def statistics(path, tokenizer, workers):
     """Counts the documents that end in a token file, the bytes of text that it encodes, and its ids. CRC-32
     tells files apart that have the same counts."""
     bytes_of = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     bytes_of[tokenizer.eot_token] = 0
     times, crc32 = np.zeros(tokenizer.n_vocab, dtype=np.int64), 0
-    with open(path, "rb") as file:
-        while len(ids := np.fromfile(file, ID, CHUNK)):
-            times += np.bincount(ids, minlength=tokenizer.n_vocab)
-            crc32 = zlib.crc32(ids, crc32)
+
+    def count_ids(start):
+        ids = np.fromfile(path, ID, CHUNK, offset=start)
+        return ids, np.bincount(ids, minlength=tokenizer.n_vocab)
+
+    for ids, counts in in_order(count_ids, range(0, path.stat().st_size, CHUNK * ID.itemsize), workers):
+        times += counts
+        crc32 = zlib.crc32(ids, crc32)
     return {"documents": int(times[tokenizer.eot_token]), "bytes": int(times @ bytes_of),
             "tokens": int(times.sum()), "crc32": crc32}
 
