@@ -83,18 +83,14 @@ class World:
                 rank=self.rank, world_size=self.size)
         self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
 
-    def wrap(self, model, autocast, batches):
+    def wrap(self, model, rehearse):
         """Returns a wrapper of the model that leaves each rank with the mean gradient of all ranks."""
         if self.size == 1:
             return model
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # After its first step, DDP rearranges the gradients, and three or more ranks then add them up in
-        # another order. That must not distinguish a resumed run: so that step is one without an effect.
-        [(inputs, targets), *_], _ = batches(0)
-        with autocast:
-            loss = net(inputs, targets)
-        (0 * loss).backward()
-        net.zero_grad()
+        # After its first backward pass, DDP rearranges the gradients, and three or more ranks then add them up
+        # in another order. That must not distinguish a resumed run: so the first is a rehearsal.
+        rehearse(net)
         return net
 
     def sum(self, *numbers):
@@ -587,8 +583,7 @@ class Run:
         self.total_steps = args.max_steps or math.ceil(
             (args.epochs * len(windows) - self.origin) / args.global_batch_size)
         self.warmup_steps = round(args.warmup * self.total_steps)
-        compiled = torch.compile(self.model) if args.compile else self.model
-        self.net = world.wrap(compiled, self.autocast, self.batches)       # only to train
+        self.net = world.wrap(self.compile() if args.compile else self.model, self.rehearse)   # to train
 
         self.out = Path(args.out)
         if world.rank == 0:
@@ -611,6 +606,26 @@ class Run:
             raise UserError(f"{self.args.data}/{split}.bin has only {len(tokens):,} ids and a window needs "
                             f"{config.block_size + 1:,}: prepare more text, or lower --block_size")
         return Windows(tokens, config.block_size, self.args.stride, config.vocab_size)
+
+    def compile(self):
+        """Returns torch.compile(self.model), or if that does not work on all ranks, self.model."""
+        compiled, problem = torch.compile(self.model), ""
+        try:
+            self.rehearse(compiled)     # compiles
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not any(self.world.sum(bool(problem))):
+            return compiled
+        self.world.print(f"training without --compile, which does not work here ({problem or 'another rank'})")
+        return self.model
+
+    def rehearse(self, net):
+        """Goes through a step without taking it."""
+        [(inputs, targets), *_], _ = self.batches(0)
+        with self.autocast:
+            loss = net(inputs, targets)
+        (0 * loss).backward()
+        net.zero_grad()
 
     def train(self):
         """Takes one step after another and evaluates now and then, to the last step or until told to stop."""
@@ -799,7 +814,8 @@ def make_parser():
     add("--dtype", choices=DTYPES,
         help="of matrix products (default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="train through torch.compile, where it works: takes a minute first")
     add("--seed", type=seed, default=1337, help="of the initial weights, the order of the data, and dropout")
     add("--max_minutes", type=positive, help="stop in good order after so long, as Ctrl-C does")
     return parser

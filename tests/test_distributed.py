@@ -89,6 +89,23 @@ def test_three_ranks_resume_in_every_bit(data):
     same_weights("whole", "text")
 
 
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_where_compiling_fails_on_a_rank_all_train_without_and_say_so_in_one_line(data, n_processes):
+    Path("without_compiler.py").write_text(
+        "import os, train\n"
+        "if int(os.environ.get('RANK', 0)) + 1 == int(os.environ.get('WORLD_SIZE', 1)):\n"
+        "    os.environ.update(CXX='/no/compiler', TORCHINDUCTOR_CACHE_DIR='inductor')\n"
+        "train.main()\n")
+    flags = ["--n_layer", 1, "--max_steps", 2]
+    assert train(n_processes, *flags, "--out", "out/plain").returncode == 0
+    result = train(n_processes, *flags, "--out", "out/text", "--compile", script="without_compiler.py")
+    assert result.returncode == 0, result.stderr
+    reason = "InvalidCxxCompiler" if n_processes == 1 else "(another rank)"
+    [line] = [line for line in result.stdout.splitlines() if "training without --compile" in line]
+    assert reason in line
+    same_weights("plain", "text")
+
+
 def test_ranks_that_find_different_checkpoints_do_not_start(data):
     assert train(1, "--out", "out/first", "--max_steps", 2).returncode == 0
     assert train(1, "--out", "out/second", "--max_steps", 3).returncode == 0
