@@ -80,7 +80,7 @@ def medians(repeats, *sides):
 
 def close(*sides):
     for side in sides:
-        side.process.kill()
+        side.connection.send(False)
         side.process.join()
 
 
@@ -131,6 +131,8 @@ def product_weights(model):
 def hugging_face(model):
     """Returns a GPT2LMHeadModel with the weights of this model."""
     from transformers import GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return GPT2LMHeadModel.from_pretrained(folder)
