@@ -302,6 +302,12 @@ class GPT(nn.Module):
         padding = (self.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
         return sum(p.numel() for p in self.parameters()) - padding * (1 if self.config.tied else 2)
 
+    def flops_per_id(self, length):
+        """Floating-point operations to train on one id of a sequence of that length: 6 for each weight that
+        it is multiplied with, and 12 * length * C for each layer's attention (Chowdhery et al. 2022)."""
+        weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.head.numel()
+        return 6 * weights + 12 * length * self.config.n_embd * self.config.n_layer
+
     def forward(self, ids, targets=None):
         """ids (B, T) -> logits (B, T, V). With targets (B, T), the id that follows each position: -> the mean
         cross-entropy in nats per id, a scalar. Raises ValueError if T is above block_size."""
@@ -354,11 +360,13 @@ class GPT(nn.Module):
             context = torch.cat([context, unread], dim=1)[:, -block_size:]
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Loads a GPT-2 folder in Hugging Face's layout (config.json, model.safetensors) onto the CPU, in
-        evaluation mode. Neither file can run code. Raises ModelError if one is missing or damaged, or the
-        model is not a GPT-2. Needs the package safetensors."""
+    def from_pretrained(cls, source):
+        """Loads a GPT-2 in Hugging Face's layout (config.json, model.safetensors) onto the CPU, in evaluation
+        mode: from a folder, or, by a name such as gpt2 or owner/name, from their hub. Neither file can run
+        code. Raises ModelError if one cannot be had or is damaged, or the model is not a GPT-2. Needs the
+        packages safetensors and, for the hub, huggingface_hub."""
         from safetensors.torch import load_file
+        folder = source if os.path.isdir(source) else fetch_from_hub(source)
         try:
             values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
             found = load_file(Path(folder, "model.safetensors"))
@@ -377,9 +385,9 @@ class GPT(nn.Module):
                 weights[name] = weight
             model.load_state_dict(weights, assign=True)
         except ModelError as error:
-            raise ModelError(f"{folder}: {error}") from error
+            raise ModelError(f"{source}: {error}") from error
         except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
-            raise ModelError(f"{folder} has no config.json and model.safetensors that can be read") from error
+            raise ModelError(f"{source} has no config.json and model.safetensors that can be read") from error
         return model.eval()
 
     def save_pretrained(self, folder):
@@ -475,6 +483,16 @@ def without_memory(config, names):
         raise ModelError(f"there are no weights for {config.n_layer} layers")
     with torch.device("meta"):
         return GPT(config)
+
+
+def fetch_from_hub(name):
+    """Returns a local folder with the model of this name on Hugging Face's hub."""
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors"])
+    except Exception as error:
+        raise ModelError(f"there is no folder {name}, and Hugging Face's hub gave no model of that name "
+                         f"({type(error).__name__})") from error
 
 
 def has_row_per_id(name):

@@ -3,9 +3,11 @@
     python prepare.py                                   this Python's standard library, as bytes
     python prepare.py books/ more.txt --name books      text files, with GPT-2's tokenizer
     python prepare.py crawl.jsonl.gz --sample_size 100_000
+    python prepare.py shakespeare                       a text that is downloaded first
+    python prepare.py hf:OWNER/NAME                     a data set of Hugging Face's hub
 
 A .txt file is one document; a .jsonl file has one per line, under "text". Both may be compressed (.gz). A
-folder stands for all such files below it.
+.parquet file has one per row, as has a data set of the hub. A folder stands for all such files below it.
 
 train.bin and val.bin are raw little-endian uint16 ids without a header: the documents one after the other,
 each followed by <|endoftext|>. The last --val_fraction of all ids is val.bin. meta.json describes them and is
@@ -18,6 +20,8 @@ train.py and sample.py share. Left out: shuffling (train.py shuffles as it reads
 import argparse
 import codecs
 import gzip
+import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -26,6 +30,8 @@ import sysconfig
 import tempfile
 import threading
 import time
+import urllib.parse
+import urllib.request
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +42,16 @@ import numpy as np
 import tiktoken
 
 TOKENIZERS = {"gpt2": 50257, "bytes": 257}      # and how many ids each has
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
+NAMED_SOURCES = {
+    "fineweb": "hf:eliplutchok/fineweb-small-sample",
+    "tinystories": "hf:roneneldan/TinyStories",
+    "shakespeare":
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+}
+SHA256 = {      # of files whose content is known
+    NAMED_SOURCES["shakespeare"]: "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+}
 FORMAT = 1                      # version of the files
 ID = np.dtype("<u2")            # an id on disk: little-endian uint16
 CHUNK = 2 ** 20                 # how many bytes are read, or characters encoded, at a time
@@ -80,11 +95,16 @@ seed = number(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 
 
 @contextmanager
 def one_line_errors(*kinds):
-    """Ends the program on an exception of these kinds with one line and exit status 2, on Ctrl-C with 130."""
+    """Ends the program on an exception of these kinds, or if an optional package is not installed, with one
+    line and exit status 2, on Ctrl-C with 130."""
     try:
         yield
-    except kinds as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)       # one line, whatever it quotes
+    except (*kinds, ModuleNotFoundError) as error:
+        message = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            package = error.name.partition(".")[0]
+            message = f"this needs the package {package}: pip install {package}"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)       # one line, whatever it quotes
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -105,7 +125,7 @@ def get_tokenizer(name):
     <|endoftext|>). Raises UserError for any other name, or if the download fails."""
     if name == "bytes":
         return tiktoken.Encoding(
-            "bytes", pat_str="(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+            "bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
             special_tokens={"<|endoftext|>": 256})
     if name not in TOKENIZERS:
         raise UserError(f"there is no tokenizer {name!r}, only {' and '.join(TOKENIZERS)}")
@@ -146,9 +166,15 @@ def encode(tokenizer, pieces):
 
 # -------------------------------------------------------------------------------------------- documents
 
-def find_files(source):
-    """Returns the files that a SOURCE stands for, sorted. Raises UserError if there are none."""
+def find_files(source, folder):
+    """Returns the files that a SOURCE stands for, sorted; one that has to be downloaded is put into the
+    folder. A data set of the hub is returned as it is: a string. Raises UserError if there are none."""
+    source = str(NAMED_SOURCES.get(source, source))
     path = Path(source)
+    if source.startswith("hf:"):
+        return [source]
+    if source.startswith(("https://", "http://")):
+        return [download(source, folder)]
     if source == "python":
         root = Path(sysconfig.get_path("stdlib"))
         # Neither installed packages, nor tests, nor the tables of characters in encodings.
@@ -161,7 +187,8 @@ def find_files(source):
             raise UserError(f"{source} contains no file that ends in {', '.join(SUFFIXES)}")
         return files
     if not path.exists():
-        raise UserError(f"there is no {source}: a SOURCE is a file, a folder, or python")
+        raise UserError(f"there is no {source}: a SOURCE is a file, a folder, an https:// address, "
+                        f"hf:OWNER/NAME, python, {' or '.join(NAMED_SOURCES)}")
     if not is_text(path):
         raise UserError(f"{source} must end in one of {', '.join(SUFFIXES)}, which says how to read it")
     return [path]
@@ -171,9 +198,37 @@ def is_text(path):
     return path.name.lower().endswith(SUFFIXES)
 
 
+def download(address, folder):
+    """Downloads a file into a folder and returns its path. Raises UserError if it does not come whole."""
+    name = os.path.basename(urllib.parse.urlsplit(address).path)
+    if not is_text(Path(name)):
+        raise UserError(f"{address} must end in one of {', '.join(SUFFIXES)}, which says how to read it")
+    path = Path(tempfile.mkdtemp(dir=folder), name)
+    print(f"downloading {address}", file=sys.stderr)
+    try:
+        with urllib.request.urlopen(address, timeout=60) as response, open(path, "wb") as file:
+            shutil.copyfileobj(response, file)
+            expected = int(response.headers.get("Content-Length", file.tell()))
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise UserError(f"{address} could not be downloaded ({error}): try again, or download it in another "
+                        "way and give the file") from error
+    if path.stat().st_size != expected:
+        raise UserError(f"the download of {address} was cut short: {path.stat().st_size:,} of {expected:,} "
+                        "bytes came; try again")
+    if address in SHA256 and hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[address]:
+        raise UserError(f"{address} is not the file it was: download it yourself and give the file, if you "
+                        "trust it")
+    return path
+
+
 def read_pieces(files, progress):
     """Yields (text, whether the document ends here), in order, with little of a file in memory at a time."""
     for path in files:
+        if is_table(path):
+            for text in read_table(path):
+                yield text, True
+                progress.advance(0, True)
+            continue
         name = path.name.lower()
         read = read_jsonl if name.removesuffix(".gz").endswith(".jsonl") else read_text
         with open(path, "rb") as raw:
@@ -230,6 +285,30 @@ def read_jsonl(file, path):
         offset += len(line)
 
 
+def is_table(file):
+    """Whether the package datasets reads it: a parquet file, or a data set of the hub."""
+    return isinstance(file, str) or file.name.lower().endswith(".parquet")
+
+
+def read_table(file):
+    from datasets import load_dataset
+    try:
+        if isinstance(file, str):
+            name, _, subset = file.removeprefix("hf:").partition(":")
+            rows = load_dataset(name, subset or None, split="train", streaming=True)
+        else:
+            rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        for row_number, row in enumerate(rows, start=1):
+            if not isinstance(row.get("text"), str):
+                raise UserError(f'{file}, row {row_number} has no "text", only {", ".join(row)}')
+            if row["text"]:
+                yield row["text"]
+    except UserError:
+        raise
+    except Exception as error:      # whatever else goes wrong in the library
+        raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+
+
 def not_utf8(path, offset):
     return UserError(f"{path} is not UTF-8 at byte {offset:,}: convert the file, or leave it out")
 
@@ -247,7 +326,8 @@ class Progress:
 
     def __init__(self, files, sample_size):
         self.sample_size = sample_size
-        self.total = sum(path.stat().st_size for path in files)
+        # How much of a table has been read cannot be told.
+        self.total = float("inf") if any(map(is_table, files)) else sum(path.stat().st_size for path in files)
         self.finished = self.documents = 0
         self.terminal = sys.stderr.isatty()
         self.started = self.shown = time.perf_counter()
@@ -261,8 +341,11 @@ class Progress:
         self.shown = now
         read, seconds = self.finished + position, now - self.started
         done = max(read / self.total, self.documents / self.sample_size if self.sample_size else 0)
-        line = (f"{done:4.0%} | {self.documents:,} documents | {read / 1e6 / seconds:.1f} MB/s | "
-                f"{duration(seconds / done - seconds)} left")
+        line = f"{self.documents:,} documents"
+        if read:
+            line += f" | {read / 1e6 / seconds:.1f} MB/s"
+        if done:
+            line = f"{done:4.0%} | {line} | {duration(seconds / done - seconds)} left"
         print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
 
     def finish_file(self, path):
@@ -279,16 +362,15 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
     """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
     The result does not depend on workers, the number of threads (None: one per core). Raises UserError if
     something is wrong with a source; the folder is then left as it was."""
-    files = [file for source in sources for file in find_files(source)]
     tokenizer = get_tokenizer(tokenizer_name)
-    progress = Progress(files, sample_size)
-    pieces = read_pieces(files, progress)
-    if sample_size is not None:
-        pieces = first_documents(pieces, sample_size)
-
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.tmp") as temporary:
+        files = [file for source in sources for file in find_files(source, temporary)]
+        progress = Progress(files, sample_size)
+        pieces = read_pieces(files, progress)
+        if sample_size is not None:
+            pieces = first_documents(pieces, sample_size)
         train, val, meta_json = (Path(temporary, name) for name in ("train.bin", "val.bin", "meta.json"))
         with open(train, "wb") as file, closing(progress):
             for ids in in_order(encode_with_own(tokenizer), batches(pieces), workers):
@@ -392,9 +474,11 @@ def load_tokens(folder, split):
 # ------------------------------------------------------------------------------------------------- main
 
 def default_name(source):
-    """books/ -> books, crawl.jsonl.gz -> crawl"""
-    name = os.path.basename(os.path.abspath(source))
-    for suffix in (".gz", ".txt", ".jsonl"):
+    """books/ -> books, crawl.jsonl.gz -> crawl, hf:owner/name -> name"""
+    if "://" in source:
+        source = urllib.parse.urlsplit(source).path
+    name = os.path.basename(os.path.abspath(source.removeprefix("hf:"))).replace(":", "-")
+    for suffix in (".gz", ".txt", ".jsonl", ".parquet"):
         name = name.removesuffix(suffix)
     return name or "text"
 
@@ -402,8 +486,10 @@ def default_name(source):
 def main(argv=None):
     parser = Parser(description="Turn text into the token files that train.py reads.")
     parser.add_argument("sources", nargs="*", metavar="SOURCE",
-                        help=f"files ({', '.join(SUFFIXES)}), folders, or python: this Python's standard "
-                        "library (default: python)")
+                        help=f"files ({', '.join(SUFFIXES)}), folders, https:// addresses, hf:OWNER/NAME or "
+                        "hf:OWNER/NAME:SUBSET for a data set of Hugging Face's hub with a column text, "
+                        f"{', '.join(NAMED_SOURCES)}, or python: this Python's standard library (default: "
+                        "python)")
     parser.add_argument("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, help="(default: bytes for python, otherwise gpt2)")
     parser.add_argument("--sample_size", type=count, metavar="N", help="take only the first N documents")

@@ -2,17 +2,22 @@
 
     python sample.py --prompt "def "                                    uses the newest out/*/best.pt
     python sample.py --prompt_file - --num_samples 3 < question.txt
+    python sample.py --prompt "Once upon" --show_probs                  what else could have come
+    python sample.py --export FOLDER                                    for Hugging Face's transformers
 
 How the next id is chosen is in gpt.py (GPT.generate and pick). Left out: chat.
 """
 
+import base64
 import codecs
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
-from gpt import ModelError, load_checkpoint
+from gpt import GPT, ModelError, load_checkpoint
 from prepare import TOKENIZERS, Parser, UserError, count, get_tokenizer, number, one_line_errors, seed
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -79,6 +84,70 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=13
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
+@torch.inference_mode()
+def probabilities(model, ids):
+    """ids (T,) -> (T - 1, V): how likely each id was to come at each position after the first, given all ids
+    before it, or at least the last block_size // 2 of them."""
+    block_size = model.config.block_size
+    rows = []
+    for start in range(0, max(1, len(ids) - 1 - block_size // 2), max(1, block_size // 2)):
+        logits = model(ids[start:-1][:block_size].unsqueeze(0))[0]          # (T,) -> (1, T) -> (T, V)
+        rows += logits[len(rows) - start:].float().softmax(-1)
+    return torch.stack(rows)
+
+
+def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
+    """Continues a prompt and prints a line for each id after the first: its probability and those of its
+    three likeliest rivals, before temperature, top_k and top_p. A > marks what is new."""
+    device = next(model.parameters()).device
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    n_prompt = len(ids)
+    for [next_id] in model.generate(torch.tensor([ids], device=device), max_new_tokens, **options):
+        ids.append(next_id.item())
+        if ids[-1] == tokenizer.eot_token:
+            break
+
+    def shown(i):
+        return repr(tokenizer.decode_single_token_bytes(i).decode("utf-8", "backslashreplace"))
+
+    for position, row in enumerate(probabilities(model, torch.tensor(ids, device=device)), start=1):
+        this = ids[position]
+        rivals = [i for i in row.topk(4).indices.tolist() if i != this][:3]
+        line = f"{'>' if position >= n_prompt else ' '} {row[this]:6.1%}  {shown(this):16}"
+        if sys.stdout.isatty():
+            colour = 32 if row[this] >= 0.5 else 33 if row[this] >= 0.1 else 31     # green, yellow, red
+            line = f"\033[{colour}m{line}\033[0m"
+        print(line, "  ".join(f"{shown(i)} {row[i]:.1%}" for i in rivals))
+
+
+def load_model(source):
+    """Returns a model on the CPU and the name of its tokenizer, which its number of ids tells. The source is
+    a file that train.py wrote, or what GPT.from_pretrained takes. Raises ModelError or UserError."""
+    is_file = os.path.isfile(source) or str(source).endswith(".pt")
+    model = load_checkpoint(source)[0] if is_file else GPT.from_pretrained(source)
+    for name, vocab_size in TOKENIZERS.items():
+        if vocab_size == model.config.vocab_size:
+            return model, name
+    raise UserError(f"{source} has {model.config.vocab_size:,} ids, and no tokenizer here has so many")
+
+
+def export(model, tokenizer, folder):
+    """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs the packages
+    safetensors and transformers."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        ranks = Path(temporary, "ranks.tiktoken")
+        ranks.write_bytes(b"".join(b"%b %d\n" % (base64.b64encode(token), rank)
+                                   for token, rank in tokenizer._mergeable_ranks.items()))
+        end = tokenizer.decode([tokenizer.eot_token])
+        converted = TikTokenConverter(str(ranks), tokenizer._pat_str, extra_special_tokens=[end]).converted()
+    PreTrainedTokenizerFast(
+        tokenizer_object=converted, bos_token=end, eos_token=end, unk_token=end,
+        model_max_length=model.config.block_size).save_pretrained(folder)
+
+
 def newest_checkpoint():
     found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -102,7 +171,12 @@ def parse_args(argv):
     prompt.add_argument("--prompt", default="", help="the text to continue (default: start a new document)")
     prompt.add_argument("--prompt_file", help="a file that contains it, or - for standard input")
     add = parser.add_argument
-    add("--checkpoint", help="a file that train.py wrote (default: the newest out/*/best.pt)")
+    add("--checkpoint", help="a file that train.py wrote, a folder with a GPT-2 in Hugging Face's layout, or "
+        "its name on their hub, such as gpt2-xl (default: the newest out/*/best.pt)")
+    add("--show_probs", action="store_true",
+        help="print each id on a line of its own, with its probability and its likeliest rivals")
+    add("--export", metavar="FOLDER",
+        help="write the model and its tokenizer for Hugging Face's transformers, and exit")
     add("--num_samples", type=count, default=1, help="how many continuations to generate")
     add("--max_new_tokens", type=count, default=200, help="the most ids that each may have")
     add("--temperature", type=number(float, lambda t: 0 <= t < float("inf"), "at least 0"), default=0.8,
@@ -122,22 +196,28 @@ def main(argv=None):
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
-        model, meta = load_checkpoint(args.checkpoint or newest_checkpoint())
-        name = str(meta["data"].get("tokenizer")) if isinstance(meta.get("data"), dict) else None
-        if TOKENIZERS.get(name) != model.config.vocab_size:
-            raise UserError("the checkpoint does not name its tokenizer: it was not written by train.py")
-        tokenizer = get_tokenizer(name)
+        model, tokenizer_name = load_model(args.checkpoint or newest_checkpoint())
+        tokenizer = get_tokenizer(tokenizer_name)
+        if args.export:
+            export(model, tokenizer, args.export)
+            print(f"wrote {args.export}")
+            return
         length, block_size = len(tokenizer.encode_ordinary(prompt)), model.config.block_size
         if length > block_size:
             print(f"the prompt has {length:,} ids: the model sees the last {block_size:,}", file=sys.stderr)
 
+        model = model.to(device, dtype)
+        options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+        if args.show_probs:
+            options["generator"] = torch.Generator(device).manual_seed(args.seed)
+            show_probs(model, tokenizer, prompt, args.max_new_tokens, **options)
+            return
         texts = [prompt] * args.num_samples
         if args.num_samples > 1:
             print("--- sample 1 ---")
         print(prompt, end="", flush=True)
-        for added in complete(model.to(device, dtype), tokenizer, prompt, args.max_new_tokens,
-                              num_samples=args.num_samples, seed=args.seed, temperature=args.temperature,
-                              top_k=args.top_k, top_p=args.top_p):
+        for added in complete(model, tokenizer, prompt, args.max_new_tokens, num_samples=args.num_samples,
+                              seed=args.seed, **options):
             print(added[0], end="", flush=True)
             texts = [text + new for text, new in zip(texts, added, strict=True)]
         print()

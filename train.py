@@ -3,6 +3,7 @@
     python train.py                                         one process
     torchrun --standalone --nproc_per_node=2 train.py       two processes: one per GPU, or both on the CPU
     python train.py --resume                                continues from out/NAME/last.pt
+    python train.py --data data/NAME --init gpt2            fine-tunes OpenAI's weights
 
 out/NAME gets last.pt (weights, and all that --resume needs), best.pt (weights with the lowest validation
 loss), epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl (one JSON object per line) and,
@@ -36,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt import GPT, MODELS, ModelError, load_checkpoint, save_checkpoint
 from prepare import Parser, UserError, count, duration, number, one_line_errors, positive, seed
 from prepare import get_tokenizer, load_meta, load_tokens
-from sample import DTYPES, choose_device, choose_dtype, complete
+from sample import DTYPES, choose_device, choose_dtype, complete, load_model
 
 # Flags that override the sizes of --model.
 SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "n_embd": "width, C",
@@ -48,6 +49,10 @@ RECIPES = {
              "warmup": 0.03, "eval_interval": 500, "eval_windows": 512, "log_interval": 50},
 }
 
+FINE_TUNING = {"epochs": 3, "lr": 5e-5}     # the defaults of --init
+
+USUAL_IDS_PER_STEP = {"nano": 2 ** 11, "gpt2-92m": 2 ** 14}     # others: 2^19, half a million
+MANY_EPOCHS = 40        # beyond about so many, data is worth little (Muennighoff et al. 2023)
 PATIENCE = timedelta(minutes=10)    # how long a rank waits for another, before it gives up
 SKIPS_IN_A_ROW = 20                 # how many float16 steps may be skipped before the run ends
 
@@ -88,8 +93,8 @@ class World:
         if self.size == 1:
             return model
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # After its first backward pass, DDP rearranges the gradients, and three or more ranks then add them up
-        # in another order. That must not distinguish a resumed run: so the first is a rehearsal.
+        # After its first backward pass, DDP rearranges the gradients, and three or more ranks then add them
+        # up in another order. That must not distinguish a resumed run: so the first is a rehearsal.
         rehearse(net)
         return net
 
@@ -383,6 +388,18 @@ def keep_freed_memory():
         mallopt(-1, -1)     # M_TRIM_THRESHOLD: what is freed stays
 
 
+def peak_memory(device):
+    """Returns the most memory in bytes that this process has held so far: tensors on a GPU, all of it on a
+    CPU. On Windows, where it cannot be told, returns 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def seed_dropout(seed, step, rank):
     """Makes dropout depend on nothing but these three, in particular not on what this process did before."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
@@ -422,9 +439,9 @@ class Log:
     """Reports on a run: prints lines and appends objects to log.jsonl. Only rank 0 does so; what the others
     write goes to the null device."""
 
-    def __init__(self, path, world, first_step, total_steps, ids_per_step):
+    def __init__(self, path, world, first_step, total_steps, ids_per_step, tracker=None):
         self.world, self.first_step, self.total_steps = world, first_step, total_steps
-        self.ids_per_step = ids_per_step
+        self.ids_per_step, self.tracker = ids_per_step, tracker
         self.path = path if world.rank == 0 else os.devnull
         with cannot_write(self.path):
             self.file = open(self.path, "ab+", buffering=0)
@@ -438,15 +455,16 @@ class Log:
         self.clock_step, self.clock = step, time.perf_counter()
 
     def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale, ids_hash):
-        now = time.perf_counter()
+        now, memory = time.perf_counter(), peak_memory(self.world.device)
         rate = (step - self.clock_step) * self.ids_per_step / (now - self.clock)
         left = (now - self.started) / (step - self.first_step) * (self.total_steps - step)
         self.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, loss_scale=loss_scale,
-                   tokens_per_second=rate, seconds=now - self.started,
+                   tokens_per_second=rate, seconds=now - self.started, memory=memory,
                    ids_hash=f"{int(ids_hash) % 2 ** 32:08x}")
         scale = f" | loss scale {loss_scale:g}" if loss_scale != 1 else ""
         self.world.print(f"step {step:,}/{self.total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | "
-                         f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s | {duration(left)} left")
+                         f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s | {memory / 1e9:.1f} GB | "
+                         f"{duration(left)} left")
         self.restart_clock(step)
 
     def validation(self, step, *, val_loss, val_stderr, bits_per_byte):
@@ -463,6 +481,17 @@ class Log:
         with cannot_write(self.path):
             if self.file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.tracker:
+            self.tracker.log(row, step=row["step"])
+
+
+def start_tracker(out, args):
+    """Returns a new run of Weights & Biases. Raises UserError if it cannot begin. Needs the package wandb."""
+    import wandb
+    try:
+        return wandb.init(project="smallgpt", name=out.name, config=vars(args), dir=out)
+    except wandb.Error as error:
+        raise UserError(f"--wandb fails ({error}): run wandb login, or set WANDB_MODE=offline") from error
 
 
 @contextmanager
@@ -475,14 +504,10 @@ def cannot_write(path):
                         "was saved before can be resumed") from error
 
 
-def draw_curves(log_path, picture_path):
-    """Draws the losses and learning rates in a log.jsonl. Does nothing if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    training, validation = {}, {}       # by step: a resumed run may have taken a step twice
-    with open(log_path, encoding="utf-8", errors="replace") as file:
+def read_log(path):
+    """Returns the rows of the last run in a log.jsonl: {step: row} of training, and of validation."""
+    training, validation = {}, {}       # a resumed run may have taken a step twice
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
@@ -491,19 +516,40 @@ def draw_curves(log_path, picture_path):
             if row["step"] == 1 and "loss" in row:      # a run starts; what came before was another
                 training, validation = {}, {}
             (training if "loss" in row else validation)[row["step"]] = row
+    return training, validation
+
+
+def draw_curves(log_paths, picture_path):
+    """Draws the losses, learning rates and, where there are any, loss scales of one or several runs. Needs
+    the package matplotlib."""
+    from matplotlib.figure import Figure
 
     def column(rows, name):
-        return [math.nan if rows[step][name] is None else rows[step][name] for step in sorted(rows)]
+        return np.array([rows[step][name] for step in sorted(rows)], dtype=float)       # None becomes NaN
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    losses.plot(column(training, "step"), column(training, "loss"), label="training", linewidth=1)
-    losses.errorbar(column(validation, "step"), column(validation, "val_loss"),
-                    column(validation, "val_stderr"), label="validation", marker="o", capsize=3)
-    losses.set(title=str(log_path.parent).replace("$", r"\$"), ylabel="loss (nats per id)")
+    runs = {Path(path).parent.name.replace("$", r"\$"): read_log(path) for path in log_paths}
+    scaled = any(row["loss_scale"] != 1 for training, _ in runs.values() for row in training.values())
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    losses, rates, *scales = figure.subplots(2 + scaled, 1, sharex=True, height_ratios=[3, 1, 1][:2 + scaled])
+    for i, (name, (training, validation)) in enumerate(runs.items()):
+        steps, loss, colour = column(training, "step"), column(training, "loss"), f"C{i}"
+        width = 1 + len(steps) // 50
+        smooth = np.convolve(loss, np.ones(width) / width, "valid") if width <= len(steps) else loss
+        losses.plot(steps, loss, color=colour, linewidth=1, alpha=0.3)
+        losses.plot(steps[width // 2:][:len(smooth)], smooth, color=colour,
+                    label=f"{name}: training, smoothed")
+        losses.errorbar(column(validation, "step"), column(validation, "val_loss"),
+                        column(validation, "val_stderr"), color=colour, linestyle="--", marker="o", capsize=3,
+                        label=f"{name}: validation, ± standard error")
+        rates.plot(steps, column(training, "lr"), color=colour)
+        if scaled:
+            scales[0].semilogy(steps, column(training, "loss_scale"), color=colour, base=2)
+    losses.set(title="Loss", ylabel="nats per id")
     losses.legend()
-    rates.plot(column(training, "step"), column(training, "lr"), color="gray")
-    rates.set(xlabel="step", ylabel="learning rate")
+    rates.set(ylabel="learning rate")
+    if scaled:
+        scales[0].set(ylabel="loss scale")
+    figure.axes[-1].set(xlabel="step")
     figure.savefig(picture_path, dpi=120)
 
 
@@ -545,8 +591,12 @@ class Run:
         self.args, self.world, self.told_to_stop = args, world, told_to_stop
         self.data = load_meta(args.data)
         self.tokenizer = get_tokenizer(self.data["tokenizer"])
+        model, meta = saved or (None, None)
+        if args.init and not saved:
+            model = self.load_initial()
         sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-        config = replace(MODELS[args.model], vocab_size=self.data["vocab_size"], **sizes)
+        config = replace(model.config if args.init else MODELS[args.model],
+                         vocab_size=self.data["vocab_size"], **sizes)
         # Kept in args, and so in checkpoints: a resumed run takes the same steps on any number of processes.
         args.stride = args.stride or config.block_size
         args.global_batch_size = args.global_batch_size or args.batch_size * world.size
@@ -554,9 +604,10 @@ class Run:
         dtype = choose_dtype(args.dtype, world.device)
         self.autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
 
-        model, meta = saved or (None, None)
         if saved:
             check_same_run(model.config, meta, config, self.data, args)
+        elif args.init:
+            model = resized(model, config)
         else:
             torch.manual_seed(args.seed)
             model = GPT(config)
@@ -586,19 +637,41 @@ class Run:
         self.net = world.wrap(self.compile() if args.compile else self.model, self.rehearse)   # to train
 
         self.out = Path(args.out)
-        if world.rank == 0:
-            with cannot_write(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
-        ids_per_step = args.global_batch_size * config.block_size
-        self.log = Log(self.out / "log.jsonl", world, self.step, self.total_steps, ids_per_step)
-        micro = self.batches.micro_batch_size
+        self.ids_per_step = args.global_batch_size * config.block_size
+        self.describe(dtype, len(windows), saved)
+
+    def describe(self, dtype, n_windows, saved):
+        """Prints what this run will be, and warns of what is unusual."""
+        args, world, config = self.args, self.world, self.model.config
+        micro, epochs = self.batches.micro_batch_size, self.batches.epochs(self.total_steps)
+        flops = self.model.flops_per_id(config.block_size)
+        # last.pt has the weights and two averages of their gradients, twice while it is written.
+        copies = 2 * 3 + 1 + int(epochs) // args.keep_epochs
+        disk = 4 * self.model.num_params() * copies
         world.print(
             f"{self.model.num_params():,} parameters, {str(dtype).removeprefix('torch.')}; {args.data}: "
-            f"{len(windows):,} windows of {config.block_size} ids\n"
+            f"{n_windows:,} windows of {config.block_size} ids\n"
             f"each step: {world.size} processes x {self.batches.share // micro} micro-batches x {micro} "
-            f"windows = {ids_per_step:,} ids\n"
-            f"{self.total_steps:,} steps, {self.batches.epochs(self.total_steps):.2f} epochs"
-            + (f", {self.step:,} of them done" if saved else ""))
+            f"windows = {self.ids_per_step:,} ids\n"
+            f"{self.total_steps:,} steps, {epochs:.2f} epochs"
+            + (f", {self.step:,} of them done" if saved else "") +
+            f"; {flops:.2e} FLOPs per id, {flops * self.ids_per_step * self.total_steps:.2e} in all\n"
+            f"up to {disk / 1e9:,.2f} GB of checkpoints in {self.out}")
+        usual = USUAL_IDS_PER_STEP.get(args.model, 2 ** 19)
+        if not usual / 8 <= self.ids_per_step <= usual * 8:
+            world.print(f"warning: {args.model or 'this model'} is usually trained with about {usual:,} ids "
+                        "per step: change --global_batch_size, or --lr with it")
+        if epochs > MANY_EPOCHS:
+            world.print(f"warning: the data will be seen {epochs:.0f} times, and after some {MANY_EPOCHS} it "
+                        "teaches nothing new: prepare more, or lower --epochs or --max_steps")
+
+    def load_initial(self):
+        """Returns the model that --init names."""
+        model, tokenizer_name = load_model(self.args.init)
+        if tokenizer_name != self.data["tokenizer"]:
+            raise UserError(f"{self.args.init} needs the tokenizer {tokenizer_name}: run prepare.py again "
+                            f"with --tokenizer {tokenizer_name}")
+        return model
 
     def load_windows(self, split, config):
         tokens = load_tokens(self.args.data, split)
@@ -616,7 +689,7 @@ class Run:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if not any(self.world.sum(bool(problem))):
             return compiled
-        self.world.print(f"training without --compile, which does not work here ({problem or 'another rank'})")
+        self.world.print(f"training without --compile, which fails here ({problem or 'another rank'})")
         return self.model
 
     def rehearse(self, net):
@@ -627,9 +700,28 @@ class Run:
         (0 * loss).backward()
         net.zero_grad()
 
+    def try_out(self, n_steps=5):
+        """Takes a few steps and keeps nothing of them, to print what all steps would take."""
+        seconds = []
+        for step in range(self.step, self.step + 1 + n_steps):
+            started = time.perf_counter()
+            micro_batches, _ = self.batches(step)
+            update(self.net, self.optimizer, self.scaler, self.autocast, micro_batches, 0.0,
+                   self.args.grad_clip)
+            seconds.append(time.perf_counter() - started)
+        step_seconds = sorted(seconds[1:])[n_steps // 2]        # in the first one, much is set up
+        left = duration(step_seconds * (self.total_steps - self.step))
+        self.world.print(f"{self.ids_per_step / step_seconds:,.0f} tokens/s; {left} for all steps, without "
+                         f"evaluations; {peak_memory(self.world.device) / 1e9:.2f} GB in each process")
+
     def train(self):
         """Takes one step after another and evaluates now and then, to the last step or until told to stop."""
         args, world = self.args, self.world
+        if world.rank == 0:
+            with cannot_write(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+        self.log = Log(self.out / "log.jsonl", world, self.step, self.total_steps, self.ids_per_step,
+                       start_tracker(self.out, args) if args.wandb and world.rank == 0 else None)
         if self.step == 0:
             self.save_last()        # a disk that is full or write-protected is better found out at once
         while not self.stopping:
@@ -703,7 +795,8 @@ class Run:
             parts = complete(self.model, self.tokenizer, "", 150, temperature=0.8, top_k=50)
             text = "".join(added for [added] in parts)
             self.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
-            draw_curves(self.out / "log.jsonl", self.out / "curves.png")
+            with suppress(ModuleNotFoundError):     # matplotlib is optional
+                draw_curves([self.out / "log.jsonl"], self.out / "curves.png")
         self.model.train()
         self.log.restart_clock(self.step)
 
@@ -752,6 +845,21 @@ class Run:
                              "read the same ids as before, and may differ in rounding")
 
 
+def resized(model, config):
+    """Returns a model with the same weights and another config, which may have another dropout and a smaller
+    block_size. Raises UserError if they differ in more."""
+    if replace(model.config, block_size=config.block_size, dropout=config.dropout) != config:
+        raise UserError("--init has sizes of its own: leave out --n_layer, --n_head and --n_embd")
+    weights = model.state_dict()
+    longest = len(weights["wpe.weight"])
+    if config.block_size > longest:
+        raise UserError(f"--init reads {longest:,} ids at most: lower --block_size {config.block_size:,}")
+    weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model
+
+
 def check_same_run(saved_config, meta, config, data, args):
     """Raises UserError if a run would go on with another model, or other data, or in another order."""
     def values(config, data, args):
@@ -788,7 +896,10 @@ def make_parser():
     add("--data", help="folder that prepare.py wrote (default: data/python)")
     add("--out", help="folder to write (default: out/ and the name of the data folder)")
     add("--resume", action="store_true", help="continue from last.pt in --out, with its flags but --device")
-    add("--model", choices=MODELS, help="(default: gpt2-92m with a CUDA GPU, otherwise nano)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--model", choices=MODELS, help="(default: gpt2-92m with a CUDA GPU, otherwise nano)")
+    start.add_argument("--init", metavar="MODEL", help="begin with the weights of a file that train.py "
+                       "wrote, of a folder in Hugging Face's layout, or of a name on their hub, such as gpt2")
     for name, meaning in SIZES.items():
         add(f"--{name}", type=share if name == "dropout" else count, help=f"{meaning} (default: the model's)")
     add("--stride", type=count, help="ids from the start of one window to the next (default: block_size)")
@@ -816,6 +927,10 @@ def make_parser():
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="train through torch.compile, where it works: takes a minute first")
+    add("--dry_run", action="store_true", help="print what the run would be and take, and exit")
+    add("--plot", nargs="+", metavar="RUN",
+        help="draw the curves of these folders into one picture, curves.png, and exit")
+    add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add("--seed", type=seed, default=1337, help="of the initial weights, the order of the data, and dropout")
     add("--max_minutes", type=positive, help="stop in good order after so long, as Ctrl-C does")
     return parser
@@ -849,31 +964,42 @@ def main(argv=None):
     out = given.out or os.path.join("out", os.path.basename(os.path.abspath(given.data or "data/python")))
     with (StopSignal() as told_to_stop, one_line_errors(UserError, ModelError, OSError),
           World(choose_device(given.device)) as world):
-        saved = find_checkpoint(Path(out, "last.pt"), given.resume, world.job)
+        if given.plot:
+            picture = Path(given.plot[0] if len(given.plot) == 1 else "", "curves.png")
+            draw_curves([Path(folder, "log.jsonl") for folder in given.plot], picture)
+            world.print(f"wrote {picture}")
+            return
+        saved = None
+        if given.resume or not given.dry_run:
+            saved = find_checkpoint(Path(out, "last.pt"), given.resume, world.job)
         # Flags that are not given come from the run to be resumed, or else from the model's recipe. They are
         # parsed like the others, so that those from a file are checked.
         if saved:
             defaults = {name: value for name, value in saved[1]["args"].items() if name in vars(given)}
         else:
             model = given.model or ("gpt2-92m" if world.device.type == "cuda" else "nano")
-            defaults = {"data": "data/python", "model": model, **RECIPES.get(model, {"epochs": 20})}
+            recipe = FINE_TUNING if given.init else {"model": model, **RECIPES.get(model, {"epochs": 20})}
+            defaults = {"data": "data/python", **recipe}
         if given.epochs or given.max_steps:
             defaults["epochs"] = defaults["max_steps"] = None
         args = parser.parse_args([*as_flags(defaults), *argv])
-        if not (args.data and args.model and (args.epochs or args.max_steps)):
+        if not (args.data and (args.model or args.init) and (args.epochs or args.max_steps)):
             raise UserError(f"{out}/last.pt cannot be resumed: its flags are not complete")
         if given.data is None and (os.path.isabs(args.data) or ".." in Path(args.data).parts):
             raise UserError(f"this run read {args.data}, which is outside this folder: allow it by --data")
         args.out = out
 
-        why = "" if given.model or given.device or saved else (
+        why = "" if given.model or given.init or given.device or saved else (
             ", as there is a CUDA GPU" if world.device.type == "cuda" else ", as there is no CUDA GPU")
-        world.print(f"training {args.model} on {world.device.type}{why}; writing to {out}")
+        world.print(f"training {args.init or args.model} on {world.device.type}{why}; writing to {out}")
         told_to_stop.allow(args.max_minutes or math.inf)
         keep_freed_memory()
         run = Run(args, world, told_to_stop, saved)
         del saved       # its memory is not needed any more
-        run.train()
+        if args.dry_run:
+            run.try_out()
+        else:
+            run.train()
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ def preparing(kind, path):
 
 def bench_prepare(repeats):
     lines = [json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) + "\n"
-             for path in prepare.find_files("python")]
+             for path in prepare.find_files("python", ".")]
     for name, times in (("small.jsonl", 4), ("large.jsonl", 16)):
         with open(name, "w", encoding="utf-8") as file:
             file.writelines(lines * times)

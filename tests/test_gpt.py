@@ -396,6 +396,7 @@ def test_a_hugging_face_folder_comes_back_as_it_was_saved(model, sizes):
 
 def test_a_hugging_face_folder_of_another_kind_is_refused(model, tmp_path):
     pytest.importorskip("safetensors")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ModelError, match="folder has no config"):
         GPT.from_pretrained("folder")
     model.save_pretrained("folder")

@@ -96,12 +96,12 @@ def test_the_default_is_the_standard_library_as_bytes(capsys):
     main(["--sample_size", "20"])
     documents = get_tokenizer("bytes").decode(ids_of("data/python")).split("<|endoftext|>")[:-1]
     assert load_meta("data/python")["tokenizer"] == "bytes"
-    assert documents == [path.read_bytes().decode() for path in prepare.find_files("python")[:20]]
+    assert documents == [path.read_bytes().decode() for path in prepare.find_files("python", ".")[:20]]
     assert "data/python: 20 documents" in capsys.readouterr().out
 
 
 def test_the_standard_library_is_without_tests_tables_and_installed_packages():
-    paths = prepare.find_files("python")
+    paths = prepare.find_files("python", ".")
     assert any(path.name == "argparse.py" for path in paths)
     assert not any({"site-packages", "test", "encodings"} & set(path.parts) for path in paths)
 

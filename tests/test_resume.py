@@ -46,7 +46,7 @@ def steps(out):
     rows = {}
     for row in log(out):
         rows["loss" in row, row["step"]] = {name: value for name, value in row.items()
-                                            if name not in ("seconds", "tokens_per_second")}
+                                            if name not in ("seconds", "tokens_per_second", "memory")}
     return rows
 
 

@@ -166,7 +166,7 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
 
 @pytest.mark.parametrize("flags, says", [
     (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
-    (["--checkpoint", "foreign.pt"], "the checkpoint does not name its tokenizer"),
+    (["--checkpoint", "odd.pt"], "odd.pt has 99 ids, and no tokenizer here has so many"),
     (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or not a checkpoint of this program"),
     (["--prompt_file", "none.txt"], "No such file or directory: 'none.txt'"),
     (["--prompt_file", "bad.txt"], "the prompt in bad.txt is not UTF-8 at byte 1"),
@@ -181,7 +181,7 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
     (["--speed", "9"], "unrecognized arguments: --speed")])
 def test_a_mistake_is_told_in_one_line(fails, model, flags, says):
     Path("text.pt").write_text("no checkpoint")
-    gpt.save_checkpoint("foreign.pt", model, {})
+    gpt.save_checkpoint("odd.pt", gpt.GPT(gpt.GPTConfig(vocab_size=99, n_layer=1, n_head=1, n_embd=8)), {})
     Path("bad.txt").write_bytes(b"a\xff")
     fails(main, flags, says)
 

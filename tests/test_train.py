@@ -275,7 +275,7 @@ def test_the_log_has_a_row_for_each_interval_and_each_evaluation(data):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 6]
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second",
-                            "ids_hash", "seconds"}
+                            "memory", "ids_hash", "seconds"}
     assert set(rows[-1]) == {"step", "val_loss", "val_stderr", "bits_per_byte"}
     # A byte is an id here, but for the end-of-text among the last 200 ids.
     assert rows[-1]["bits_per_byte"] == pytest.approx(rows[-1]["val_loss"] / math.log(2) * 200 / 199)
@@ -291,7 +291,7 @@ def test_the_terminal_shows_loss_learning_rate_speed_time_left_and_a_sample(data
     run("--max_steps", 20, "--log_interval", 10, "--eval_batch_size", 4)
     out = capsys.readouterr().out
     assert re.search(r"^step 10/20 \| epoch 0\.36 \| loss \d\.\d{4} \| lr \d\.\d\de-0\d \| "
-                     r"[\d,]+ tokens/s \| \d+s left$", out, re.MULTILINE)
+                     r"[\d,]+ tokens/s \| \d\.\d GB \| \d+s left$", out, re.MULTILINE)
     assert re.search(r"^step 20/20 \| validation loss \d\.\d{4} ± 0\.\d{4} \| \d\.\d{3} bits per byte\n"
                      r"sample:\n    \S", out, re.MULTILINE)
 
@@ -386,12 +386,13 @@ def test_curves_are_of_the_last_run_in_the_log_and_bear_what_is_not_finite(tmp_p
     figure = pytest.importorskip("matplotlib.figure").Figure
     drawn = []
     monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: drawn.append(self))
-    first = [{"step": step, "loss": 9.0, "lr": 1.0} for step in (1, 2, 3, 4)]
-    second = [{"step": 1, "loss": 5.0, "lr": 1.0}, {"step": 2, "loss": 8.0, "lr": 1.0},
-              {"step": 2, "loss": None, "lr": 1.0}, {"step": 2, "val_loss": None, "val_stderr": None}]
+    row = {"step": 1, "loss": 5.0, "lr": 1.0, "loss_scale": 1.0}
+    first = [{**row, "step": step, "loss": 9.0} for step in (1, 2, 3, 4)]
+    second = [row, {**row, "step": 2, "loss": 8.0}, {**row, "step": 2, "loss": None},
+              {"step": 2, "val_loss": None, "val_stderr": None}]
     rows = "\n".join(map(json.dumps, first + second))
     (tmp_path / "log.jsonl").write_text(rows + '\n{"step": 3, "lo')
-    train.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    train.draw_curves([tmp_path / "log.jsonl"], tmp_path / "curves.png")
     training = drawn[0].axes[0].lines[0]
     assert training.get_xdata().tolist() == [1, 2]
     assert training.get_ydata()[0] == 5.0 and math.isnan(training.get_ydata()[1])
