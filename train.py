@@ -79,10 +79,11 @@ class World:
             self.device = torch.device("cuda", gpu)
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            # All ranks can read and write the strings in this store. They outlive the ranks, and those that
-            # torchrun starts again must not find the old ones.
-            store, _, _ = next(dist.rendezvous("env://"))
-            self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            # All ranks can read and write the strings in this store. If it is torchrun's, they outlive the
+            # ranks, and those that it starts again must not find the old ones.
+            self.store, _, _ = next(dist.rendezvous("env://"))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                self.store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], self.store)
             dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
                 rank=self.rank, world_size=self.size)
@@ -527,13 +528,13 @@ def draw_curves(log_paths, picture_path):
     def column(rows, name):
         return np.array([rows[step][name] for step in sorted(rows)], dtype=float)       # None becomes NaN
 
-    runs = {Path(path).parent.name.replace("$", r"\$"): read_log(path) for path in log_paths}
+    runs = {str(Path(path).parent).replace("$", r"\$"): read_log(path) for path in log_paths}
     scaled = any(row["loss_scale"] != 1 for training, _ in runs.values() for row in training.values())
     figure = Figure(figsize=(8, 7), layout="constrained")
     losses, rates, *scales = figure.subplots(2 + scaled, 1, sharex=True, height_ratios=[3, 1, 1][:2 + scaled])
     for i, (name, (training, validation)) in enumerate(runs.items()):
         steps, loss, colour = column(training, "step"), column(training, "loss"), f"C{i}"
-        width = 1 + len(steps) // 50
+        width = 1 + len(steps) // 20
         smooth = np.convolve(loss, np.ones(width) / width, "valid") if width <= len(steps) else loss
         losses.plot(steps, loss, color=colour, linewidth=1, alpha=0.3)
         losses.plot(steps[width // 2:][:len(smooth)], smooth, color=colour,

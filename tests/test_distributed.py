@@ -1,11 +1,15 @@
 """Two processes under torchrun, on the CPU."""
 
+import contextlib
+import functools
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -179,6 +183,33 @@ def test_torchrun_takes_a_run_whose_worker_was_killed_back_to_its_last_checkpoin
     assert result.returncode == 0, result.stderr
     assert "6 steps, 1.71 epochs, 2 of them done" in result.stdout
     assert [row["step"] for row in log("text") if "loss" in row] == [1, 2, 3, 3, 4, 5, 6]
+    same_weights("whole", "text")
+
+
+def test_a_machine_that_dies_and_comes_back_joins_the_run_again_at_its_last_checkpoint(data):
+    # A torchrun stands for each of two machines. Rank 1, on the second one, takes its machine down with it.
+    flags = ["--max_steps", 6, "--eval_interval", 2, "--dropout", 0.1, "--batch_size", 4]
+    assert train(2, "--out", "out/whole", *flags).returncode == 0
+    die = acting("os.path.exists('died') or (open('died', 'w').close(), "
+                 "os.kill(os.getppid(), signal.SIGKILL), os.kill(os.getpid(), signal.SIGKILL))")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    machine = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=job",
+               "--max_restarts=3", die, *FLAGS, "--out", "out/text", *map(str, flags)]
+    start = functools.partial(subprocess.Popen, machine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, env={**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    first = start()
+    while True:     # until it listens
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.1)
+    start().wait(timeout=100)
+    second = start()
+    outputs = [process.communicate(timeout=100)[0] for process in (first, second)]
+    assert first.returncode == second.returncode == 0, outputs
+    assert "rank 1 does not answer: it was killed, or hangs" in outputs[0]
+    assert "6 steps, 1.71 epochs, 2 of them done" in outputs[0]
     same_weights("whole", "text")
 
 
