@@ -659,9 +659,9 @@ class Run:
             f"; {flops:.2e} FLOPs per id, {flops * self.ids_per_step * self.total_steps:.2e} in all\n"
             f"up to {disk / 1e9:,.2f} GB of checkpoints in {self.out}")
         usual = USUAL_IDS_PER_STEP.get(args.model, 2 ** 19)
-        if not usual / 8 <= self.ids_per_step <= usual * 8:
-            world.print(f"warning: {args.model or 'this model'} is usually trained with about {usual:,} ids "
-                        "per step: change --global_batch_size, or --lr with it")
+        if args.model and not usual / 8 <= self.ids_per_step <= usual * 8:
+            world.print(f"warning: {args.model} is usually trained with about {usual:,} ids per step: change "
+                        "--global_batch_size, or --lr with it")
         if epochs > MANY_EPOCHS:
             world.print(f"warning: the data will be seen {epochs:.0f} times, and after some {MANY_EPOCHS} it "
                         "teaches nothing new: prepare more, or lower --epochs or --max_steps")
@@ -992,7 +992,8 @@ def main(argv=None):
 
         why = "" if given.model or given.init or given.device or saved else (
             ", as there is a CUDA GPU" if world.device.type == "cuda" else ", as there is no CUDA GPU")
-        world.print(f"training {args.init or args.model} on {world.device.type}{why}; writing to {out}")
+        writing = "nothing is written" if args.dry_run else f"writing to {out}"
+        world.print(f"training {args.init or args.model} on {world.device.type}{why}; {writing}")
         told_to_stop.allow(args.max_minutes or math.inf)
         keep_freed_memory()
         run = Run(args, world, told_to_stop, saved)

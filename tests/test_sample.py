@@ -9,7 +9,7 @@ import torch
 
 import gpt
 from prepare import get_tokenizer
-from sample import choose_dtype, complete, main
+from sample import choose_dtype, complete, main, probabilities
 
 
 class Script:
@@ -162,6 +162,45 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
     os.utime(checkpoint, (1, 1))
     main(["--max_new_tokens", "1"])
     assert f"sampling from {Path('out/newer/best.pt')}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_ids", [2, 9, 16, 17])
+def test_probabilities_are_the_softmax_of_the_logits(model, n_ids):
+    ids = torch.randint(257, (n_ids,))
+    with torch.inference_mode():
+        logits = model(ids[:-1].unsqueeze(0))[0]
+    assert torch.allclose(probabilities(model, ids), logits.softmax(-1), atol=1e-6)
+
+
+def test_beyond_the_context_each_probability_still_depends_on_half_of_it(model):
+    ids = torch.randint(257, (60,))
+    rows = probabilities(model, ids)
+    assert rows.shape == (59, 257)
+    for i, row in enumerate(rows[16:], start=16):
+        contexts = [ids[i + 1 - length:i + 1] for length in range(8, 17)]
+        with torch.inference_mode():
+            expected = [model(context.unsqueeze(0))[0, -1].softmax(-1) for context in contexts]
+        assert any(torch.allclose(row, other, atol=1e-6) for other in expected), i
+
+
+def test_each_id_is_shown_with_its_probability_and_its_rivals(says, model):
+    flags = ["--prompt", "abcdef", "--show_probs", "--max_new_tokens", 2, "--dtype", "float32"]
+    lines = says(*flags).splitlines()
+    assert [line[0] for line in lines] == [" ", " ", " ", " ", " ", ">", ">"]       # > is new
+    ids = torch.tensor(list(b"abcdef"))
+    for line, row, this in zip(lines[:5], probabilities(model, ids), ids[1:], strict=True):
+        rivals = [share for i, share in enumerate(row.tolist()) if i != this]
+        shown = [float(percent) / 100 for percent in re.findall(r"([\d.]+)%", line)]
+        assert shown == pytest.approx([row[this].item(), *sorted(rivals)[:-4:-1]], abs=0.00051)
+
+
+def test_on_a_terminal_likely_ids_are_green_and_unlikely_ones_red(says, monkeypatch):
+    flags = ["--prompt", "ab", "--show_probs", "--max_new_tokens", 9]
+    assert "\033" not in says(*flags)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for line in says(*flags).splitlines():
+        colour, share = re.match(r"\033\[(\d+)m. +([\d.]+)%", line).groups()
+        assert int(colour) == (32 if float(share) >= 50 else 33 if float(share) >= 10 else 31)
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -398,6 +398,31 @@ def test_curves_are_of_the_last_run_in_the_log_and_bear_what_is_not_finite(tmp_p
     assert training.get_ydata()[0] == 5.0 and math.isnan(training.get_ydata()[1])
 
 
+def test_curves_of_several_runs_are_drawn_into_one_picture_each_with_its_name(data, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path, **options: drawn.append((self, path)))
+    flags = ["--max_steps", 3, "--log_interval", 1]
+    run(*flags, out="out/a")
+    run(*flags, "--lr", 5e-3, out="out/b")
+    main(["--plot", "out/a", "out/b"])
+    picture, path = drawn[-1]
+    assert path == Path("curves.png") and capsys.readouterr().out.endswith("wrote curves.png\n")
+    losses, rates = picture.axes
+    names = {text.get_text() for text in losses.get_legend().get_texts()}
+    assert names == {f"out/{run}: {what}" for run in "ab"
+                     for what in ("training, smoothed", "validation, ± standard error")}
+    assert [max(line.get_ydata()) for line in rates.lines] == [1e-2, 5e-3]
+
+
+def test_the_loss_scale_is_drawn_where_there_is_one(data, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path, **options: drawn.append(self))
+    run("--max_steps", 1, "--dtype", "float16")
+    assert drawn[-1].axes[2].lines[0].get_ydata().tolist() == [65536]
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_training_is_the_same_training(data):
     compiled, _ = run("--max_steps", 3, "--compile", out="out/compiled")
