@@ -35,7 +35,7 @@ import urllib.request
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,11 @@ class UserError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     """argparse, but the help shows each default, and a mistake takes one line."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        with suppress(AttributeError):      # in a notebook, stdout is of another kind
+            sys.stdout.reconfigure(errors="replace")        # for consoles that do not know all characters
 
     def add_argument(self, *names, **options):
         if options.get("default") not in (None, argparse.SUPPRESS):

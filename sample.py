@@ -13,6 +13,7 @@ import codecs
 import os
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def choose_dtype(name, device):
     dtype = getattr(torch, name)
     try:
         x = torch.ones(8, 8, device=device, requires_grad=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             y = x @ x
         y.sum().backward()
         runs = y.dtype == dtype
@@ -58,6 +59,12 @@ def choose_dtype(name, device):
     if not runs:
         raise UserError(f"{name} does not run on this {device.type} device: use --dtype float32")
     return dtype
+
+
+def autocast(device, dtype):
+    """Returns a context manager, which can be used again, in which matrix products compute in that dtype."""
+    # Older versions of PyTorch do not have torch.autocast for every device, and float32 does not need it.
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):

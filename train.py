@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt import GPT, MODELS, ModelError, load_checkpoint, save_checkpoint
 from prepare import Parser, UserError, count, duration, number, one_line_errors, positive, seed
 from prepare import get_tokenizer, load_meta, load_tokens
-from sample import DTYPES, choose_device, choose_dtype, complete, load_model
+from sample import DTYPES, autocast, choose_device, choose_dtype, complete, load_model
 
 # Flags that override the sizes of --model.
 SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "n_embd": "width, C",
@@ -78,15 +78,17 @@ class World:
                 raise UserError(f"there are only {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
             self.device = torch.device("cuda", gpu)
             torch.cuda.set_device(self.device)
+        if device.type == "mps" and self.size > 1:
+            raise UserError("several processes cannot share an Apple GPU: leave out torchrun")
         if self.size > 1:
             # All ranks can read and write the strings in this store. If it is torchrun's, they outlive the
             # ranks, and those that it starts again must not find the old ones.
             self.store, _, _ = next(dist.rendezvous("env://"))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 self.store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], self.store)
-            dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
-                rank=self.rank, world_size=self.size)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=self.store,
+                                    timeout=PATIENCE, rank=self.rank, world_size=self.size)
+            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)   # for all but gradients
         self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
 
     def wrap(self, model, rehearse):
@@ -103,7 +105,7 @@ class World:
         """Returns a list: each number, summed over all ranks."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor.tolist()
 
     def agree(self, flag):
@@ -121,7 +123,7 @@ class World:
         return flags > 0
 
     def print(self, *words):
-        with suppress(OSError, UnicodeEncodeError):     # whoever read this may have gone, but the run goes on
+        with suppress(OSError):     # whoever read this may have gone, but the run goes on
             if self.rank == 0:
                 print(*words, flush=True)
 
@@ -130,11 +132,12 @@ class World:
 
     def __exit__(self, kind, error, traceback):
         if self.size > 1 and error is None:
-            # A process that ends right after a reduction may crash, because gloo's threads still hold the
-            # tensor, and torchrun would then stop rank 0 while it is saving.
+            # A process must not end while a thread of gloo still holds a tensor of Python's: it would crash.
+            # These threads end with the last reference to their group, and DDP holds only the other group.
             try:
-                dist.barrier()
+                dist.barrier(self.group)
                 dist.destroy_process_group()
+                del self.group
             except RuntimeError as lost:
                 self.explain(lost)
                 raise
@@ -603,7 +606,7 @@ class Run:
         args.global_batch_size = args.global_batch_size or args.batch_size * world.size
         windows, self.val_windows = self.load_windows("train", config), self.load_windows("val", config)
         dtype = choose_dtype(args.dtype, world.device)
-        self.autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+        self.autocast = autocast(world.device, dtype)
 
         if saved:
             check_same_run(model.config, meta, config, self.data, args)

@@ -32,7 +32,7 @@ from conftest import ROOT, SHAKESPEARE, provide_gpt2_vocabulary
 import gpt
 import prepare
 import train
-from sample import choose_dtype
+from sample import autocast, choose_dtype
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -146,7 +146,7 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     ids = torch.randint(model.config.vocab_size, (batch_size, length + 1), device=device)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     dtype = torch.float32 if kind == "plain" else dtype or choose_dtype(None, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    context = autocast(device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if kind == "ours":
         train.keep_freed_memory()
@@ -164,9 +164,9 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     def steps():
         for _ in range(n_steps):
             if kind == "ours":
-                train.update(net, optimizer, scaler, autocast, [(inputs, targets)], 1e-4, 1.0)
+                train.update(net, optimizer, scaler, context, [(inputs, targets)], 1e-4, 1.0)
                 continue
-            with autocast:
+            with context:
                 loss = net(inputs, targets)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)

@@ -1,11 +1,13 @@
 import io
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import gpt
 from prepare import get_tokenizer
@@ -162,6 +164,12 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
     os.utime(checkpoint, (1, 1))
     main(["--max_new_tokens", "1"])
     assert f"sampling from {Path('out/newer/best.pt')}" in capsys.readouterr().err
+
+
+def test_characters_that_a_console_does_not_know_become_question_marks(checkpoint):
+    command = [sys.executable, ROOT / "sample.py", "--prompt", "20 € in 東京", "--max_new_tokens", "1"]
+    result = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert result.stdout.decode("cp1252").startswith("20 € in ??")
 
 
 @pytest.mark.parametrize("n_ids", [2, 9, 16, 17])
