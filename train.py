@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -86,9 +87,10 @@ class World:
             self.store, _, _ = next(dist.rendezvous("env://"))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 self.store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], self.store)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=self.store,
-                                    timeout=PATIENCE, rank=self.rank, world_size=self.size)
-            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)   # for all but gradients
+            dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
+                rank=self.rank, world_size=self.size)
+        self.tensors = weakref.WeakSet()    # those that threads of gloo still hold
         self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
 
     def wrap(self, model, rehearse):
@@ -105,7 +107,8 @@ class World:
         """Returns a list: each number, summed over all ranks."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            self.tensors.add(tensor)
+            dist.all_reduce(tensor)
         return tensor.tolist()
 
     def agree(self, flag):
@@ -132,12 +135,11 @@ class World:
 
     def __exit__(self, kind, error, traceback):
         if self.size > 1 and error is None:
-            # A process must not end while a thread of gloo still holds a tensor of Python's: it would crash.
-            # These threads end with the last reference to their group, and DDP holds only the other group.
             try:
-                dist.barrier(self.group)
+                dist.barrier()
+                while self.tensors:     # Python must not end before they are free: it would crash
+                    time.sleep(0.001)
                 dist.destroy_process_group()
-                del self.group
             except RuntimeError as lost:
                 self.explain(lost)
                 raise
@@ -690,7 +692,7 @@ class Run:
         try:
             self.rehearse(compiled)     # compiles
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if not any(self.world.sum(bool(problem))):
             return compiled
         self.world.print(f"training without --compile, which fails here ({problem or 'another rank'})")
