@@ -22,7 +22,7 @@ def test_text_becomes_tokens_becomes_weights_becomes_text():
     assert "data/python: 30 documents" in shell("python prepare.py --sample_size 30")
     trained = shell("torchrun --standalone --nproc_per_node=2 train.py --max_steps 4 --batch_size 2 "
                     "--global_batch_size 4 --eval_windows 8 --eval_interval 2")
-    assert trained.startswith("training nano on cpu") and trained.count("validation loss") == 2
+    assert "training nano on cpu" in trained and trained.count("validation loss") == 2
     assert {path.name for path in Path("out/python").iterdir()} == {
         "best.pt", "last.pt", "log.jsonl", "curves.png"}
     assert shell('python sample.py --prompt "def " --max_new_tokens 20').startswith("def ")
