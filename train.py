@@ -545,7 +545,7 @@ def draw_curves(log_paths, picture_path):
         losses.plot(steps[width // 2:][:len(smooth)], smooth, color=colour,
                     label=f"{name}: training, smoothed")
         losses.errorbar(column(validation, "step"), column(validation, "val_loss"),
-                        column(validation, "val_stderr"), color=colour, linestyle="--", marker="o", capsize=3,
+                        column(validation, "val_stderr"), color=colour, linestyle="--", marker=".", capsize=3,
                         label=f"{name}: validation, ± standard error")
         rates.plot(steps, column(training, "lr"), color=colour)
         if scaled:
