@@ -399,11 +399,13 @@ def peak_memory(device):
     CPU. On Windows, where it cannot be told, returns 0."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    if sys.platform == "darwin":
         import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with suppress(OSError, ValueError):     # Linux, where getrusage would count the process that started this
+        words = Path("/proc/self/status").read_text().split()
+        return 1024 * int(words[words.index("VmHWM:") + 1])
+    return 0
 
 
 def seed_dropout(seed, step, rank):
@@ -468,9 +470,9 @@ class Log:
                    tokens_per_second=rate, seconds=now - self.started, memory=memory,
                    ids_hash=f"{int(ids_hash) % 2 ** 32:08x}")
         scale = f" | loss scale {loss_scale:g}" if loss_scale != 1 else ""
+        held = f" | {memory / 1e9:.1f} GB" if memory else ""
         self.world.print(f"step {step:,}/{self.total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | "
-                         f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s | {memory / 1e9:.1f} GB | "
-                         f"{duration(left)} left")
+                         f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s{held} | {duration(left)} left")
         self.restart_clock(step)
 
     def validation(self, step, *, val_loss, val_stderr, bits_per_byte):
