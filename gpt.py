@@ -78,7 +78,8 @@ MODELS = {
 
 # ----------------------------------------------------------------------------------------------- layers
 # LayerNorm, attention and GELU each stand here twice: as the formula, to be read, and as PyTorch's fused
-# kernel, which computes the same in fewer passes over memory and runs unless GPT(config, fused=False).
+# kernel, which computes the same in fewer passes over memory and runs where it is faster, unless
+# GPT(config, fused=False).
 
 class LayerNorm(nn.Module):
     """Shifts and scales the C channels of each position to mean 0 and variance 1, then each channel by a
@@ -407,7 +408,7 @@ class GPT(nn.Module):
 
 def pick(logits, temperature, top_k, top_p, generator):
     """Chooses one id for each row of logits, (B, V) -> (B,). The options are those of GPT.generate."""
-    if temperature == 0:
+    if temperature < 1e-9:      # 0, or too little for float32 to divide by
         return logits.argmax(-1)
     logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: no overflow
     if top_k is not None and top_k < logits.shape[1]:
@@ -457,7 +458,7 @@ def load_checkpoint(path):
             raise ValueError("not what save_checkpoint writes")
         model.load_state_dict(weights, assign=True)
         return model.eval(), meta
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
         raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error

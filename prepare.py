@@ -30,7 +30,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import urllib.parse
 import urllib.request
 import zlib
 from collections import deque
@@ -106,7 +105,7 @@ def one_line_errors(*kinds):
         yield
     except (*kinds, ModuleNotFoundError) as error:
         message = str(error)
-        if isinstance(error, ModuleNotFoundError):
+        if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             message = f"this needs the package {package}: pip install {package}"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)       # one line, whatever it quotes
@@ -205,7 +204,7 @@ def is_text(path):
 
 def download(address, folder):
     """Downloads a file into a folder and returns its path. Raises UserError if it does not come whole."""
-    name = os.path.basename(urllib.parse.urlsplit(address).path)
+    name = os.path.basename(address.partition("?")[0])
     if not is_text(Path(name)):
         raise UserError(f"{address} must end in one of {', '.join(SUFFIXES)}, which says how to read it")
     path = Path(tempfile.mkdtemp(dir=folder), name)
@@ -214,7 +213,7 @@ def download(address, folder):
         with urllib.request.urlopen(address, timeout=60) as response, open(path, "wb") as file:
             shutil.copyfileobj(response, file)
             expected = int(response.headers.get("Content-Length", file.tell()))
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise UserError(f"{address} could not be downloaded ({error}): try again, or download it in another "
                         "way and give the file") from error
     if path.stat().st_size != expected:
@@ -248,7 +247,7 @@ def read_pieces(files, progress):
 
 
 def read_text(file, path):
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()       # which leaves out a byte order mark
     offset, text = 0, ""
     try:
         while block := file.read(CHUNK):
@@ -481,7 +480,7 @@ def load_tokens(folder, split):
 def default_name(source):
     """books/ -> books, crawl.jsonl.gz -> crawl, hf:owner/name -> name"""
     if "://" in source:
-        source = urllib.parse.urlsplit(source).path
+        source = source.partition("?")[0]
     name = os.path.basename(os.path.abspath(source.removeprefix("hf:"))).replace(":", "-")
     for suffix in (".gz", ".txt", ".jsonl", ".parquet"):
         name = name.removesuffix(suffix)

@@ -517,13 +517,11 @@ def read_log(path):
     training, validation = {}, {}       # a resumed run may have taken a step twice
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
+            with suppress(ValueError, TypeError, KeyError):     # the run was killed while it wrote this line
                 row = json.loads(line)
-            except ValueError:      # the run was killed while it wrote this line
-                continue
-            if row["step"] == 1 and "loss" in row:      # a run starts; what came before was another
-                training, validation = {}, {}
-            (training if "loss" in row else validation)[row["step"]] = row
+                if row["step"] == 1 and "loss" in row:      # a run starts; what came before was another
+                    training, validation = {}, {}
+                (training if "loss" in row else validation)[row["step"]] = row
     return training, validation
 
 
@@ -533,10 +531,10 @@ def draw_curves(log_paths, picture_path):
     from matplotlib.figure import Figure
 
     def column(rows, name):
-        return np.array([rows[step][name] for step in sorted(rows)], dtype=float)       # None becomes NaN
+        return np.array([rows[step].get(name) for step in sorted(rows)], dtype=float)   # None becomes NaN
 
     runs = {str(Path(path).parent).replace("$", r"\$"): read_log(path) for path in log_paths}
-    scaled = any(row["loss_scale"] != 1 for training, _ in runs.values() for row in training.values())
+    scaled = any(row.get("loss_scale", 1) != 1 for training, _ in runs.values() for row in training.values())
     figure = Figure(figsize=(8, 7), layout="constrained")
     losses, rates, *scales = figure.subplots(2 + scaled, 1, sharex=True, height_ratios=[3, 1, 1][:2 + scaled])
     for i, (name, (training, validation)) in enumerate(runs.items()):
@@ -608,7 +606,8 @@ class Run:
         # Kept in args, and so in checkpoints: a resumed run takes the same steps on any number of processes.
         args.stride = args.stride or config.block_size
         args.global_batch_size = args.global_batch_size or args.batch_size * world.size
-        windows, self.val_windows = self.load_windows("train", config), self.load_windows("val", config)
+        windows = self.load_windows("train", config, args.stride)
+        self.val_windows = self.load_windows("val", config, config.block_size)      # each id once
         dtype = choose_dtype(args.dtype, world.device)
         self.autocast = autocast(world.device, dtype)
 
@@ -669,6 +668,8 @@ class Run:
         if args.model and not usual / 8 <= self.ids_per_step <= usual * 8:
             world.print(f"warning: {args.model} is usually trained with about {usual:,} ids per step: change "
                         "--global_batch_size, or --lr with it")
+        if self.step >= self.total_steps:
+            world.print("all steps are done: --max_steps or --epochs, with more of them, trains on")
         if epochs > MANY_EPOCHS:
             world.print(f"warning: the data will be seen {epochs:.0f} times, and after some {MANY_EPOCHS} it "
                         "teaches nothing new: prepare more, or lower --epochs or --max_steps")
@@ -681,12 +682,12 @@ class Run:
                             f"with --tokenizer {tokenizer_name}")
         return model
 
-    def load_windows(self, split, config):
+    def load_windows(self, split, config, stride):
         tokens = load_tokens(self.args.data, split)
         if len(tokens) < config.block_size + 1:
             raise UserError(f"{self.args.data}/{split}.bin has only {len(tokens):,} ids and a window needs "
                             f"{config.block_size + 1:,}: prepare more text, or lower --block_size")
-        return Windows(tokens, config.block_size, self.args.stride, config.vocab_size)
+        return Windows(tokens, config.block_size, stride, config.vocab_size)
 
     def compile(self):
         """Returns torch.compile(self.model), or if that does not work on all ranks, self.model."""
@@ -702,7 +703,7 @@ class Run:
 
     def rehearse(self, net):
         """Goes through a step without taking it."""
-        [(inputs, targets), *_], _ = self.batches(0)
+        [(inputs, targets), *_], _ = self.batches(self.step)
         with self.autocast:
             loss = net(inputs, targets)
         (0 * loss).backward()
@@ -718,7 +719,7 @@ class Run:
                    self.args.grad_clip)
             seconds.append(time.perf_counter() - started)
         step_seconds = sorted(seconds[1:])[n_steps // 2]        # in the first one, much is set up
-        left = duration(step_seconds * (self.total_steps - self.step))
+        left = duration(step_seconds * max(0, self.total_steps - self.step))
         self.world.print(f"{self.ids_per_step / step_seconds:,.0f} tokens/s; {left} for all steps, without "
                          f"evaluations; {peak_memory(self.world.device) / 1e9:.2f} GB in each process")
 
@@ -885,9 +886,12 @@ def check_same_run(saved_config, meta, config, data, args):
 
 @contextmanager
 def cannot_resume():
-    """Turns any exception into a UserError: what goes wrong while last.pt is used is the file's fault."""
+    """Turns any exception into a UserError: what goes wrong while last.pt is used is the file's fault, unless
+    memory runs out."""
     try:
         yield
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
     except Exception as error:
         raise UserError("cannot resume: last.pt is damaged, or of another version") from error
 

@@ -83,6 +83,13 @@ def test_two_ranks_go_on_with_the_ids_of_one_process_and_say_so(data):
     assert len(set(hashes[0])) == 6 and hashes[0] == hashes[1]
 
 
+def test_two_ranks_go_on_with_a_larger_global_batch_size_than_all_they_have_read(data):
+    flags = ["--batch_size", 2, "--out", "out/text"]
+    assert train(2, *flags, "--global_batch_size", 4, "--max_steps", 1).returncode == 0
+    result = train(2, *flags, "--global_batch_size", 64, "--max_steps", 2, "--resume")
+    assert result.returncode == 0 and "step 2/2" in result.stdout, result.stderr
+
+
 def test_three_ranks_resume_in_every_bit(data):
     # Unlike two, three ranks can add up gradients in different orders. The learning rate is constant.
     flags = ["--n_embd", 256, "--batch_size", 4, "--global_batch_size", 12, "--eval_interval", 2,

@@ -284,10 +284,12 @@ def test_a_known_file_must_have_its_checksum(server, fails, monkeypatch):
 @pytest.mark.parametrize("path, says", [
     ("cut.txt", "cut.txt was cut short: 500 of 1,000 bytes came"),
     ("none.txt", "none.txt could not be downloaded (HTTP Error 404"),
-    ("page.html", "page.html must end in one of .txt"), (":0/a.txt", "a.txt could not be downloaded")])
+    ("page.html", "page.html must end in one of .txt"),
+    ("http://127.0.0.1:0/a.txt", "a.txt could not be downloaded"),
+    ("https://[x/a.txt", "a.txt could not be downloaded")])
 def test_a_download_that_fails_is_told_in_one_line_and_leaves_nothing_behind(server, capsys, path, says):
     with pytest.raises(SystemExit) as stop:
-        prepare.main([f"http://127.0.0.1{path}" if path[0] == ":" else f"{server}/{path}"])
+        prepare.main([path if "://" in path else f"{server}/{path}"])
     assert stop.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and says in last

@@ -251,7 +251,7 @@ PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
 
 
 @pytest.mark.parametrize("options, possible", [
-    ({}, {0, 1, 2, 3}), ({"temperature": 0}, {1}), ({"temperature": 1e-40}, {1}),
+    ({}, {0, 1, 2, 3}), ({"temperature": 0}, {1}), ({"temperature": 1e-46}, {1}),
     ({"top_k": 1}, {1}), ({"top_k": 2}, {1, 3}), ({"top_k": 9}, {0, 1, 2, 3}),
     ({"top_p": 0.1}, {1}), ({"top_p": 0.5}, {1, 3}), ({"top_p": 0.8}, {1, 2, 3}),
     ({"top_p": 1.0}, {0, 1, 2, 3}), ({"top_k": 3, "top_p": 0.5}, {1, 3})])

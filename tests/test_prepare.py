@@ -92,6 +92,11 @@ def test_a_byte_order_mark_before_json_is_skipped():
     assert get_tokenizer("bytes").decode(ids_of("data/a")) == "text<|endoftext|>"
 
 
+def test_a_byte_order_mark_before_text_is_skipped_and_within_it_kept():
+    prepare.prepare([write("a.txt", "\ufefftext\ufeff")], "data/a", "bytes")
+    assert get_tokenizer("bytes").decode(ids_of("data/a")) == "text\ufeff<|endoftext|>"
+
+
 def test_the_default_is_the_standard_library_as_bytes(capsys):
     main(["--sample_size", "20"])
     documents = get_tokenizer("bytes").decode(ids_of("data/python")).split("<|endoftext|>")[:-1]

@@ -137,6 +137,12 @@ def test_another_global_batch_size_goes_on_where_the_old_one_ended(data, monkeyp
     assert log()[-2]["step"] == 10 and log()[-2]["epoch"] == pytest.approx(124 / 112)
 
 
+def test_a_run_that_is_done_says_so(data, capsys):
+    run("--max_steps", 1)
+    main(RESUME)
+    assert "all steps are done: --max_steps or --epochs, with more of them" in capsys.readouterr().out
+
+
 def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
     run("--max_steps", 20)
     main([*RESUME, "--max_steps", "21", "--lr", "100"])

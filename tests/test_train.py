@@ -242,7 +242,7 @@ def test_the_flags_of_the_data_and_of_evaluation_are_heeded(data, monkeypatch):
     _, meta = run("--epochs", 1, "--stride", 4, "--batch_size", 50,
                   "--eval_windows", 6, "--eval_batch_size", 3)
     assert meta["step"] == 9                    # (1800 - 17) // 4 + 1 = 446 windows, 50 at a time
-    assert seen == [(46, 6, 3, False)]          # (200 - 17) // 4 + 1 = 46 windows to choose 6 from
+    assert seen == [(12, 6, 3, False)]          # (200 - 17) // 16 + 1 = 12, without overlap, to choose 6 from
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -390,7 +390,7 @@ def test_curves_are_of_the_last_run_in_the_log_and_bear_what_is_not_finite(tmp_p
     first = [{**row, "step": step, "loss": 9.0} for step in (1, 2, 3, 4)]
     second = [row, {**row, "step": 2, "loss": 8.0}, {**row, "step": 2, "loss": None},
               {"step": 2, "val_loss": None, "val_stderr": None}]
-    rows = "\n".join(map(json.dumps, first + second))
+    rows = "\n".join(map(json.dumps, [*first, None, {"lr": 1.0}, *second]))
     (tmp_path / "log.jsonl").write_text(rows + '\n{"step": 3, "lo')
     train.draw_curves([tmp_path / "log.jsonl"], tmp_path / "curves.png")
     training = drawn[0].axes[0].lines[0]
