@@ -13,15 +13,15 @@ train.bin and val.bin are raw little-endian uint16 ids without a header: the doc
 each followed by <|endoftext|>. The last --val_fraction of all ids is val.bin. meta.json describes them and is
 written last: a folder that has one is complete.
 
-load_tokens, which reads these files, is here too, and so are the tokenizers and the command-line helpers that
-train.py and sample.py share. Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
+Here, too: load_tokens, which reads these files, the tokenizers, and the helpers for command lines that all
+programs share. Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
 
 import argparse
-import codecs
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
 import shutil
@@ -35,6 +35,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,68 +59,6 @@ CHUNK = 2 ** 20                 # how many bytes are read, or characters encoded
 
 class UserError(ValueError):
     """A mistake of the user's. The message says in one line what is wrong and what to do."""
-
-
-# ---------------------------------------------------------------------------------------- command lines
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but the help shows each default, and a mistake takes one line."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        with suppress(AttributeError):      # in a notebook, stdout is of another kind
-            sys.stdout.reconfigure(errors="replace")        # for consoles that do not know all characters
-
-    def add_argument(self, *names, **options):
-        if options.get("default") not in (None, argparse.SUPPRESS):
-            options["help"] += " (default: %(default)s)"
-        return super().add_argument(*names, **options)
-
-    def error(self, message):
-        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
-
-
-def number(kind, fits, description):
-    """Makes a type for add_argument: an int or float for which fits(value) holds."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}")
-        return value
-    return parse
-
-
-count = number(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
-positive = number(float, lambda x: 0 < x < float("inf"), "a number above 0")
-seed = number(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
-
-
-@contextmanager
-def one_line_errors(*kinds):
-    """Ends the program on an exception of these kinds, or if an optional package is not installed, with one
-    line and exit status 2, on Ctrl-C with 130."""
-    try:
-        yield
-    except (*kinds, ModuleNotFoundError) as error:
-        message = str(error)
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            package = error.name.partition(".")[0]
-            message = f"this needs the package {package}: pip install {package}"
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)       # one line, whatever it quotes
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def duration(seconds):
-    """75 -> "1m15s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
 # ------------------------------------------------------------------------------------------- tokenizers
@@ -156,13 +95,13 @@ def encode_with_own(tokenizer):
 
 def encode(tokenizer, pieces):
     """Encodes a list of (text, whether the document ends here). Returns the ids, uint16."""
+    to_ids = partial(tokenizer.encode_to_numpy, disallowed_special=())      # <|endoftext|> in a text is text
     ids = []
     for text, ends_document in pieces:
         try:
-            ids.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
+            ids.append(to_ids(text))
         except UnicodeEncodeError:      # JSON may contain half a surrogate pair, which is not a character
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
+            ids.append(to_ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")))
         if ends_document:
             ids.append(np.array([tokenizer.eot_token], ID))
     return np.concatenate(ids, dtype=ID)
@@ -247,20 +186,17 @@ def read_pieces(files, progress):
 
 
 def read_text(file, path):
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()       # which leaves out a byte order mark
-    offset, text = 0, ""
+    text, rest = io.TextIOWrapper(file, "utf-8-sig", newline=""), ""        # without a byte order mark
     try:
-        while block := file.read(CHUNK):
-            offset += len(block)
-            text += decoder.decode(block)
-            cut = last_cut(text)
-            yield text[:cut], False
-            text = text[cut:]
-        text += decoder.decode(b"", final=True)
+        while block := text.read(CHUNK):
+            block = rest + block
+            cut = last_cut(block)
+            yield block[:cut], False
+            rest = block[cut:]
     except UnicodeDecodeError as error:
-        raise not_utf8(path, offset - len(error.object) + error.start) from error
-    if offset:
-        yield text, True
+        raise not_utf8(path, file.tell() - len(error.object) + error.start) from error
+    if file.tell():
+        yield rest, True
 
 
 def last_cut(text):
@@ -323,41 +259,6 @@ def first_documents(pieces, limit):
         limit -= ends_document
         if limit == 0:
             return
-
-
-class Progress:
-    """Reports how much has been read: on a terminal in one changing line, else a line every ten seconds."""
-
-    def __init__(self, files, sample_size):
-        self.sample_size = sample_size
-        # How much of a table has been read cannot be told.
-        self.total = float("inf") if any(map(is_table, files)) else sum(path.stat().st_size for path in files)
-        self.finished = self.documents = 0
-        self.terminal = sys.stderr.isatty()
-        self.started = self.shown = time.perf_counter()
-
-    def advance(self, position, ends_document):
-        """Notes that the reader is at this byte of the current file, and whether a document has ended."""
-        self.documents += ends_document
-        now = time.perf_counter()
-        if now - self.shown < (0.2 if self.terminal else 10):
-            return
-        self.shown = now
-        read, seconds = self.finished + position, now - self.started
-        done = max(read / self.total, self.documents / self.sample_size if self.sample_size else 0)
-        line = f"{self.documents:,} documents"
-        if read:
-            line += f" | {read / 1e6 / seconds:.1f} MB/s"
-        if done:
-            line = f"{done:4.0%} | {line} | {duration(seconds / done - seconds)} left"
-        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
-
-    def finish_file(self, path):
-        self.finished += path.stat().st_size
-
-    def close(self):
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------ token files
@@ -473,6 +374,103 @@ def load_tokens(folder, split):
     if size != expected:
         raise UserError(f"{path} has {size:,} bytes, but meta.json says {expected:,}: run prepare.py again")
     return np.memmap(path, ID, mode="r") if size else np.empty(0, ID)
+
+
+# ---------------------------------------------------------------------------------------- command lines
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but the help shows each default, and a mistake takes one line."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        with suppress(AttributeError):      # in a notebook, stdout is of another kind
+            sys.stdout.reconfigure(errors="replace")        # for consoles that do not know all characters
+
+    def add_argument(self, *names, **options):
+        if options.get("default") not in (None, argparse.SUPPRESS):
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
+
+
+def number(kind, fits, description):
+    """Makes a type for add_argument: an int or float for which fits(value) holds."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}")
+        return value
+    return parse
+
+
+count = number(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
+positive = number(float, lambda x: 0 < x < float("inf"), "a number above 0")
+seed_number = number(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
+
+
+@contextmanager
+def one_line_errors(*kinds):
+    """Ends the program on an exception of these kinds, or if an optional package is not installed, with one
+    line and exit status 2, on Ctrl-C with 130."""
+    try:
+        yield
+    except (*kinds, ModuleNotFoundError) as error:
+        message = str(error)
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            message = f"this needs the package {package}: pip install {package}"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)       # one line, whatever it quotes
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def duration(seconds):
+    """75 -> "1m15s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+class Progress:
+    """Reports how much has been read: on a terminal in one changing line, else a line every ten seconds."""
+
+    def __init__(self, files, sample_size):
+        self.sample_size = sample_size
+        # How much of a table has been read cannot be told.
+        self.total = float("inf") if any(map(is_table, files)) else sum(path.stat().st_size for path in files)
+        self.finished = self.documents = 0
+        self.terminal = sys.stderr.isatty()
+        self.started = self.shown = time.perf_counter()
+
+    def advance(self, position, ends_document):
+        """Notes that the reader is at this byte of the current file, and whether a document has ended."""
+        self.documents += ends_document
+        now = time.perf_counter()
+        if now - self.shown < (0.2 if self.terminal else 10):
+            return
+        self.shown = now
+        read, seconds = self.finished + position, now - self.started
+        done = max(read / self.total, self.documents / self.sample_size if self.sample_size else 0)
+        line = f"{self.documents:,} documents"
+        if read:
+            line += f" | {read / 1e6 / seconds:.1f} MB/s"
+        if done:
+            line = f"{done:4.0%} | {line} | {duration(seconds / done - seconds)} left"
+        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
+
+    def finish_file(self, path):
+        self.finished += path.stat().st_size
+
+    def close(self):
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- main

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from gpt import GPT, ModelError, load_checkpoint
-from prepare import TOKENIZERS, Parser, UserError, count, get_tokenizer, number, one_line_errors, seed
+from prepare import TOKENIZERS, Parser, UserError, count, get_tokenizer, number, one_line_errors, seed_number
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -50,7 +50,7 @@ def choose_dtype(name, device):
     dtype = getattr(torch, name)
     try:
         x = torch.ones(8, 8, device=device, requires_grad=True)
-        with autocast(device, dtype):
+        with mixed_precision(device, dtype):
             y = x @ x
         y.sum().backward()
         runs = y.dtype == dtype
@@ -61,7 +61,7 @@ def choose_dtype(name, device):
     return dtype
 
 
-def autocast(device, dtype):
+def mixed_precision(device, dtype):
     """Returns a context manager, which can be used again, in which matrix products compute in that dtype."""
     # Older versions of PyTorch do not have torch.autocast for every device, and float32 does not need it.
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
@@ -181,7 +181,7 @@ def parse_args(argv):
     add("--checkpoint", help="a file that train.py wrote, a folder with a GPT-2 in Hugging Face's layout, or "
         "its name on their hub, such as gpt2-xl (default: the newest out/*/best.pt)")
     add("--show_probs", action="store_true",
-        help="print each id on a line of its own, with its probability and its likeliest rivals")
+        help="print each id of one sample on a line, with its probability and its likeliest rivals")
     add("--export", metavar="FOLDER",
         help="write the model and its tokenizer for Hugging Face's transformers, and exit")
     add("--num_samples", type=count, default=1, help="how many continuations to generate")
@@ -191,7 +191,7 @@ def parse_args(argv):
     add("--top_k", type=count, default=50, help="draw from this many of the likeliest ids")
     add("--top_p", type=number(float, lambda p: 0 < p <= 1, "above 0 and at most 1"), default=1.0,
         help="draw from the fewest ids that have this probability together")
-    add("--seed", type=seed, default=1337, help="same seed and flags, same text")
+    add("--seed", type=seed_number, default=1337, help="same seed and flags, same text")
     add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     return parser.parse_args(argv)

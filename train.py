@@ -36,9 +36,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt import GPT, MODELS, ModelError, load_checkpoint, save_checkpoint
-from prepare import Parser, UserError, count, duration, number, one_line_errors, positive, seed
-from prepare import get_tokenizer, load_meta, load_tokens
-from sample import DTYPES, autocast, choose_device, choose_dtype, complete, load_model
+from prepare import Parser, UserError, count, number, one_line_errors, positive, seed_number
+from prepare import duration, get_tokenizer, load_meta, load_tokens
+from sample import DTYPES, choose_device, choose_dtype, complete, load_model, mixed_precision
 
 # Flags that override the sizes of --model.
 SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "n_embd": "width, C",
@@ -90,7 +90,7 @@ class World:
             dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
                 rank=self.rank, world_size=self.size)
-        self.tensors = weakref.WeakSet()    # those that threads of gloo still hold
+        self.tensors = weakref.WeakSet()    # a thread of gloo holds each until a moment after its sum is known
         self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
 
     def wrap(self, model, rehearse):
@@ -235,19 +235,16 @@ def mix(x):
 
 
 class Batches:
-    """batches(step) returns what this rank reads at that step, a list of micro-batches.
+    """batches(place) returns what this rank reads of the global batch that begins at that place in the order
+    of training, as a list of micro-batches.
 
-    The global batch depends on nothing but the seed and the step. Ranks and micro-batches are slices of it:
+    The global batch depends on nothing but the seed and the place. Ranks and micro-batches are slices of it:
     four processes with one micro-batch each and one process with four see the same ids. A micro-batch is as
     large as batch_size allows for all to be equal. Raises UserError if the ranks' shares would not be equal.
-
-    Step 0 begins at place 0 in the order of training, unless a run was resumed with another global batch
-    size: `origin` is where its steps would have had to begin to go on now where the old ones ended.
     """
 
-    def __init__(self, windows, global_batch_size, batch_size, seed, world, origin=0):
-        self.windows, self.global_batch_size, self.seed, self.world = windows, global_batch_size, seed, world
-        self.origin = origin
+    def __init__(self, windows, global_batch_size, batch_size, seed, world):
+        self.windows, self.seed, self.world = windows, seed, world
         self.share, rest = divmod(global_batch_size, world.size)
         if rest:
             raise UserError(f"--global_batch_size {global_batch_size} is not a multiple of {world.size}, the "
@@ -255,25 +252,17 @@ class Batches:
         sizes = range(1, min(batch_size, self.share) + 1)
         self.micro_batch_size = max(size for size in sizes if self.share % size == 0)
 
-    def __call__(self, step):
+    def __call__(self, place):
         """Returns [(inputs, targets), ...], each (micro_batch_size, block_size), and a checksum of their ids:
         the ranks' checksums add up to the same sum, however many ranks there are."""
-        first = self.place(step) + self.world.rank * self.share
+        first = place + self.world.rank * self.share
         indices = shuffled(range(first, first + self.share), len(self.windows), self.seed)
         micro_batches, checksum = [], 0
         for start in range(0, self.share, self.micro_batch_size):
             ids = self.windows.read(indices[start:start + self.micro_batch_size])
-            checksum += sum(zlib.crc32(window, step) for window in ids)
+            checksum += sum(zlib.crc32(window, place) for window in ids)
             micro_batches.append(inputs_and_targets(ids, self.world.device))
         return micro_batches, checksum
-
-    def place(self, step):
-        """Returns the first place of that step in the order of training: how many windows come before it."""
-        return self.origin + step * self.global_batch_size
-
-    def epochs(self, step):
-        """Returns how many times that many steps have gone through the data."""
-        return self.place(step) / len(self.windows)
 
 
 # ----------------------------------------------------------------------------------------- optimization
@@ -559,7 +548,7 @@ def draw_curves(log_paths, picture_path):
     figure.savefig(picture_path, dpi=120)
 
 
-# ------------------------------------------------------------------------------------------------ a run
+# ------------------------------------------------------------------------------------- stop and resume
 
 class StopSignal:
     """In a `with` statement, told_to_stop() is whether SIGTERM or Ctrl-C has come, or the time is up, so that
@@ -590,26 +579,85 @@ class StopSignal:
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
 
+def find_checkpoint(path, resume, job):
+    """Returns the checkpoint to continue, (model, meta), or None for a new run. A job that torchrun restarts
+    after a failure continues its own. Raises UserError if a new run would overwrite steps of another."""
+    if not path.exists() and not resume:
+        return None
+    model, meta = load_checkpoint(path)
+    if not isinstance(meta.get("optimizer"), dict) or not isinstance(meta.get("args"), dict):
+        raise UserError(f"{path} cannot be resumed: it has weights, but not the state of an optimizer")
+    if resume or meta.get("job") == job != "none":
+        return model, meta
+    if meta.get("step") == 0:
+        return None         # it holds nothing that would be lost
+    raise UserError(f"{path} is from an earlier run: --resume continues it, another --out keeps it")
+
+
+def check_same_run(saved_config, meta, config, data, args):
+    """Raises UserError if a run would go on with another model, or other data, or in another order."""
+    def values(config, data, args):
+        counts = {f"{split}.{name}": data[split][name] for split in ("train", "val") for name in data[split]}
+        return {**asdict(config), "tokenizer": data["tokenizer"], **counts,
+                "stride": args["stride"], "seed": args["seed"], "optimizer": args["optimizer"]}
+
+    with cannot_resume():
+        before = values(saved_config, meta["data"], meta["args"])
+    for name, now in values(config, data, vars(args)).items():
+        then = before.get(name)
+        if str(now) != str(then):
+            raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
+
+
+@contextmanager
+def cannot_resume():
+    """Turns any exception into a UserError: what goes wrong while last.pt is used is the file's fault, unless
+    memory runs out."""
+    try:
+        yield
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError("cannot resume: last.pt is damaged, or of another version") from error
+
+
+def resized(model, config):
+    """Returns a model with the same weights and another config, which may have another dropout and a smaller
+    block_size. Raises UserError if they differ in more."""
+    if replace(model.config, block_size=config.block_size, dropout=config.dropout) != config:
+        raise UserError("--init has sizes of its own: leave out --n_layer, --n_head and --n_embd")
+    weights = model.state_dict()
+    longest = len(weights["wpe.weight"])
+    if config.block_size > longest:
+        raise UserError(f"--init reads {longest:,} ids at most: lower --block_size {config.block_size:,}")
+    weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
 class Run:
     """One run, set up from its flags, args. saved is None or the checkpoint to continue, (model, meta)."""
 
     def __init__(self, args, world, told_to_stop, saved):
-        self.args, self.world, self.told_to_stop = args, world, told_to_stop
+        self.args, self.world, self.told_to_stop, self.out = args, world, told_to_stop, Path(args.out)
         self.data = load_meta(args.data)
         self.tokenizer = get_tokenizer(self.data["tokenizer"])
-        model, meta = saved or (None, None)
-        if args.init and not saved:
-            model = self.load_initial()
+        dtype = choose_dtype(args.dtype, world.device)
+        self.autocast = mixed_precision(world.device, dtype)
+        model, meta = saved or (self.load_initial() if args.init else None, None)
+
         sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
         config = replace(model.config if args.init else MODELS[args.model],
                          vocab_size=self.data["vocab_size"], **sizes)
         # Kept in args, and so in checkpoints: a resumed run takes the same steps on any number of processes.
         args.stride = args.stride or config.block_size
         args.global_batch_size = args.global_batch_size or args.batch_size * world.size
-        windows = self.load_windows("train", config, args.stride)
+        self.windows = self.load_windows("train", config, args.stride)
         self.val_windows = self.load_windows("val", config, config.block_size)      # each id once
-        dtype = choose_dtype(args.dtype, world.device)
-        self.autocast = autocast(world.device, dtype)
+        self.batches = Batches(self.windows, args.global_batch_size, args.batch_size, args.seed, world)
 
         if saved:
             check_same_run(model.config, meta, config, self.data, args)
@@ -622,46 +670,49 @@ class Run:
         self.optimizer = make_optimizer(args.optimizer, self.model, args.weight_decay, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.step = 0                   # how many have been taken
+        self.windows_read = 0           # by all of them, so that the next one begins at that place
         self.ids_hash = 0               # of all ids they read; to be summed over all ranks, modulo 2^32
         self.skipped = 0                # how many of the last ones were skipped in a row
         self.evaluated = 0              # the step of the last evaluation
         self.best_val_loss = math.inf   # the lowest of any
-        self.origin = 0                 # see Batches
         self.stopping = False           # whether all ranks have agreed to stop early
         if saved:
             self.restore(meta)
-        found = [self.step, self.ids_hash]
-        if world.sum(*found) != [number * world.size for number in found]:
-            raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
-        if world.rank > 0:
-            self.ids_hash = 0
+        self.check_ranks_agree()
 
-        self.batches = Batches(
-            windows, args.global_batch_size, args.batch_size, args.seed, world, self.origin)
-        self.total_steps = args.max_steps or math.ceil(
-            (args.epochs * len(windows) - self.origin) / args.global_batch_size)
-        self.warmup_steps = round(args.warmup * self.total_steps)
-        self.net = world.wrap(self.compile() if args.compile else self.model, self.rehearse)   # to train
-
-        self.out = Path(args.out)
         self.ids_per_step = args.global_batch_size * config.block_size
-        self.describe(dtype, len(windows), saved)
+        windows_left = (args.epochs or 0) * len(self.windows) - self.windows_read
+        self.total_steps = args.max_steps or self.step + math.ceil(windows_left / args.global_batch_size)
+        self.warmup_steps = round(args.warmup * self.total_steps)
+        # The model as it is trained. To all else, in particular to checkpoints, it is self.model.
+        self.net = world.wrap(self.compile() if args.compile else self.model, self.rehearse)
+        self.describe(dtype)
 
-    def describe(self, dtype, n_windows, saved):
+    def check_ranks_agree(self):
+        """Raises UserError unless all ranks are at the same step of the same run."""
+        found = [self.step, self.ids_hash]
+        if self.world.sum(*found) != [number * self.world.size for number in found]:
+            raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
+        if self.world.rank > 0:
+            self.ids_hash = 0       # rank 0 has that of all
+
+    def describe(self, dtype):
         """Prints what this run will be, and warns of what is unusual."""
         args, world, config = self.args, self.world, self.model.config
-        micro, epochs = self.batches.micro_batch_size, self.batches.epochs(self.total_steps)
+        micro = self.batches.micro_batch_size
+        windows_left = (self.total_steps - self.step) * args.global_batch_size
+        epochs = (self.windows_read + windows_left) / len(self.windows)
         flops = self.model.flops_per_id(config.block_size)
         # last.pt has the weights and two averages of their gradients, twice while it is written.
         copies = 2 * 3 + 1 + int(epochs) // args.keep_epochs
         disk = 4 * self.model.num_params() * copies
         world.print(
             f"{self.model.num_params():,} parameters, {str(dtype).removeprefix('torch.')}; {args.data}: "
-            f"{n_windows:,} windows of {config.block_size} ids\n"
+            f"{len(self.windows):,} windows of {config.block_size} ids\n"
             f"each step: {world.size} processes x {self.batches.share // micro} micro-batches x {micro} "
             f"windows = {self.ids_per_step:,} ids\n"
             f"{self.total_steps:,} steps, {epochs:.2f} epochs"
-            + (f", {self.step:,} of them done" if saved else "") +
+            + (f", {self.step:,} of them done" if self.step else "") +
             f"; {flops:.2e} FLOPs per id, {flops * self.ids_per_step * self.total_steps:.2e} in all\n"
             f"up to {disk / 1e9:,.2f} GB of checkpoints in {self.out}")
         usual = USUAL_IDS_PER_STEP.get(args.model, 2 ** 19)
@@ -703,7 +754,7 @@ class Run:
 
     def rehearse(self, net):
         """Goes through a step without taking it."""
-        [(inputs, targets), *_], _ = self.batches(self.step)
+        [(inputs, targets), *_], _ = self.batches(self.windows_read)
         with self.autocast:
             loss = net(inputs, targets)
         (0 * loss).backward()
@@ -712,9 +763,9 @@ class Run:
     def try_out(self, n_steps=5):
         """Takes a few steps and keeps nothing of them, to print what all steps would take."""
         seconds = []
-        for step in range(self.step, self.step + 1 + n_steps):
+        for _ in range(1 + n_steps):
             started = time.perf_counter()
-            micro_batches, _ = self.batches(step)
+            micro_batches, _ = self.batches(self.windows_read)
             update(self.net, self.optimizer, self.scaler, self.autocast, micro_batches, 0.0,
                    self.args.grad_clip)
             seconds.append(time.perf_counter() - started)
@@ -735,22 +786,23 @@ class Run:
             self.save_last()        # a disk that is full or write-protected is better found out at once
         while not self.stopping:
             if self.evaluation_is_due():
-                self.evaluate()
+                self.evaluate_and_save()
                 continue
             if self.step >= self.total_steps:
                 return
             lr = learning_rate(
                 self.step, self.total_steps, self.warmup_steps, args.lr, args.min_lr, args.schedule)
             seed_dropout(args.seed, self.step, world.rank)
-            micro_batches, checksum = self.batches(self.step)
+            micro_batches, checksum = self.batches(self.windows_read)
             loss, grad_norm = update(self.net, self.optimizer, self.scaler, self.autocast, micro_batches, lr,
                                      args.grad_clip)
             self.check_finite(loss, grad_norm, lr, micro_batches)
             self.step += 1
+            self.windows_read += args.global_batch_size
             self.ids_hash = (self.ids_hash + checksum) % 2 ** 32
             if self.step == 1 or self.step % args.log_interval == 0:
                 loss, ids_hash = world.sum(loss / world.size, self.ids_hash)
-                self.log.training(self.step, epoch=self.batches.epochs(self.step), loss=loss, lr=lr,
+                self.log.training(self.step, epoch=self.windows_read / len(self.windows), loss=loss, lr=lr,
                                   grad_norm=grad_norm, loss_scale=self.scaler.get_scale(), ids_hash=ids_hash)
             if epoch := self.epoch_to_keep():
                 self.save(f"epoch_{epoch:04}.pt")
@@ -763,7 +815,11 @@ class Run:
         """Raises UserError if the loss or the gradient is not finite. In float16, where such a gradient makes
         the loss scale fall, it does so only when that has not helped many times in a row."""
         self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
-        if self.skipped < SKIPS_IN_A_ROW if self.scaler.is_enabled() else math.isfinite(grad_norm + loss):
+        if self.scaler.is_enabled():
+            fine = self.skipped < SKIPS_IN_A_ROW
+        else:
+            fine = math.isfinite(loss + grad_norm)
+        if fine:
             return
         seed_dropout(self.args.seed, self.step, self.world.rank)
         module = first_not_finite(self.model, micro_batches, self.autocast)
@@ -779,7 +835,7 @@ class Run:
         due = self.step % self.args.eval_interval == 0 or self.step == self.total_steps
         return due and self.evaluated < self.step
 
-    def evaluate(self):
+    def evaluate_and_save(self):
         """Measures the validation loss, saves checkpoints, shows how the model starts a document."""
         self.model.eval()
         n_windows = min(self.args.eval_windows or math.inf, len(self.val_windows))
@@ -812,14 +868,15 @@ class Run:
     def epoch_to_keep(self):
         """Returns the epoch that the last step completed, if its weights are to be kept, otherwise 0."""
         every = self.args.keep_epochs
-        before, now = (int(self.batches.epochs(step)) // every * every for step in (self.step - 1, self.step))
+        before, now = (n // len(self.windows) // every * every
+                       for n in (self.windows_read - self.args.global_batch_size, self.windows_read))
         return now if now > before else 0
 
     def save_last(self):
         """Writes last.pt, with all that restore needs."""
         [ids_hash] = self.world.sum(self.ids_hash)
         self.save("last.pt", processes=self.world.size, job=self.world.job, ids_hash=int(ids_hash),
-                  skipped=self.skipped, evaluated=self.evaluated, windows_read=self.batches.place(self.step),
+                  skipped=self.skipped, evaluated=self.evaluated, windows_read=self.windows_read,
                   optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
 
     def save(self, name, **more):
@@ -842,58 +899,14 @@ class Run:
                 varying = {name: meta["scaler"][name] for name in ("scale", "_growth_tracker")}
                 self.scaler.load_state_dict({**self.scaler.state_dict(), **varying})
                 self.scaler.scale(torch.zeros(1, device=self.world.device))     # fails if they are no numbers
-            names = ("step", "ids_hash", "skipped", "evaluated", "windows_read", "processes")
-            counts = [int(meta[name]) for name in names]
-            if min(counts) < 0 or max(counts) >= 2 ** 62:
-                raise ValueError("these cannot be counts")
-            self.step, self.ids_hash, self.skipped, self.evaluated, windows_read, processes = counts
-            self.origin = windows_read - self.step * self.args.global_batch_size
-            self.best_val_loss = float(meta["best_val_loss"])
+            for name in ("step", "windows_read", "ids_hash", "skipped", "evaluated"):
+                setattr(self, name, int(meta[name]))
+                if not 0 <= getattr(self, name) < 2 ** 62:
+                    raise ValueError(f"{name} cannot be {meta[name]}")
+            self.best_val_loss, processes = float(meta["best_val_loss"]), int(meta["processes"])
         if processes != self.world.size:
             self.world.print(f"this run had {processes} processes, and now has {self.world.size}: its steps "
                              "read the same ids as before, and may differ in rounding")
-
-
-def resized(model, config):
-    """Returns a model with the same weights and another config, which may have another dropout and a smaller
-    block_size. Raises UserError if they differ in more."""
-    if replace(model.config, block_size=config.block_size, dropout=config.dropout) != config:
-        raise UserError("--init has sizes of its own: leave out --n_layer, --n_head and --n_embd")
-    weights = model.state_dict()
-    longest = len(weights["wpe.weight"])
-    if config.block_size > longest:
-        raise UserError(f"--init reads {longest:,} ids at most: lower --block_size {config.block_size:,}")
-    weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
-    model = GPT(config)
-    model.load_state_dict(weights)
-    return model
-
-
-def check_same_run(saved_config, meta, config, data, args):
-    """Raises UserError if a run would go on with another model, or other data, or in another order."""
-    def values(config, data, args):
-        counts = {f"{split}.{name}": data[split][name] for split in ("train", "val") for name in data[split]}
-        return {**asdict(config), "tokenizer": data["tokenizer"], **counts,
-                "stride": args["stride"], "seed": args["seed"], "optimizer": args["optimizer"]}
-
-    with cannot_resume():
-        before = values(saved_config, meta["data"], meta["args"])
-    for name, now in values(config, data, vars(args)).items():
-        then = before.get(name)
-        if str(now) != str(then):
-            raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
-
-
-@contextmanager
-def cannot_resume():
-    """Turns any exception into a UserError: what goes wrong while last.pt is used is the file's fault, unless
-    memory runs out."""
-    try:
-        yield
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError("cannot resume: last.pt is damaged, or of another version") from error
 
 
 # ------------------------------------------------------------------------------------------------- main
@@ -943,37 +956,38 @@ def make_parser():
     add("--plot", nargs="+", metavar="RUN",
         help="draw the curves of these folders into one picture, curves.png, and exit")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
-    add("--seed", type=seed, default=1337, help="of the initial weights, the order of the data, and dropout")
+    add("--seed", type=seed_number, default=1337, help="of the first weights, the order of data, and dropout")
     add("--max_minutes", type=positive, help="stop in good order after so long, as Ctrl-C does")
     return parser
 
 
-def find_checkpoint(path, resume, job):
-    """Returns the checkpoint to continue, (model, meta), or None for a new run. A job that torchrun restarts
-    after a failure continues its own. Raises UserError if a new run would overwrite steps of another."""
-    if not path.exists() and not resume:
-        return None
-    model, meta = load_checkpoint(path)
-    if not isinstance(meta.get("optimizer"), dict) or not isinstance(meta.get("args"), dict):
-        raise UserError(f"{path} cannot be resumed: it has weights, but not the state of an optimizer")
-    if resume or meta.get("job") == job != "none":
-        return model, meta
-    if meta.get("step") == 0:
-        return None         # it holds nothing that would be lost
-    raise UserError(f"{path} is from an earlier run: --resume continues it, another --out keeps it")
-
-
-def as_flags(values):
-    """{"lr": 0.1, "epochs": None, "compile": True} -> ["--lr=0.1", "--compile"]"""
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()
-            if value is not None and value is not False]
+def complete_args(parser, argv, given, saved, device):
+    """Returns the values of all flags: those given, then those of the run to be resumed, or for a new run
+    those of the model's recipe, then the defaults. Raises UserError if a saved run lacks some."""
+    if saved:
+        values = {name: value for name, value in saved[1]["args"].items() if name in vars(given)}
+    else:
+        model = given.model or ("gpt2-92m" if device.type == "cuda" else "nano")
+        recipe = FINE_TUNING if given.init else {"model": model, **RECIPES.get(model, {"epochs": 20})}
+        values = {"data": "data/python", **recipe}
+    if given.epochs or given.max_steps:
+        values["epochs"] = values["max_steps"] = None
+    # Parsed like the flags of a user, they are checked like those, too. What is given comes last, and wins.
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()
+             if value is not None and value is not False]
+    args = parser.parse_args([*flags, *argv])
+    if not (args.data and (args.model or args.init) and (args.epochs or args.max_steps)):
+        raise UserError("last.pt cannot be resumed: its flags are not complete")
+    if given.data is None and (os.path.isabs(args.data) or ".." in Path(args.data).parts):
+        raise UserError(f"this run read {args.data}, which is outside this folder: allow it by --data")
+    return args
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     given = parser.parse_args(argv)
-    out = given.out or os.path.join("out", os.path.basename(os.path.abspath(given.data or "data/python")))
+    out = Path(given.out or Path("out", os.path.basename(os.path.abspath(given.data or "data/python"))))
     with (StopSignal() as told_to_stop, one_line_errors(UserError, ModelError, OSError),
           World(choose_device(given.device)) as world):
         if given.plot:
@@ -983,24 +997,9 @@ def main(argv=None):
             return
         saved = None
         if given.resume or not given.dry_run:
-            saved = find_checkpoint(Path(out, "last.pt"), given.resume, world.job)
-        # Flags that are not given come from the run to be resumed, or else from the model's recipe. They are
-        # parsed like the others, so that those from a file are checked.
-        if saved:
-            defaults = {name: value for name, value in saved[1]["args"].items() if name in vars(given)}
-        else:
-            model = given.model or ("gpt2-92m" if world.device.type == "cuda" else "nano")
-            recipe = FINE_TUNING if given.init else {"model": model, **RECIPES.get(model, {"epochs": 20})}
-            defaults = {"data": "data/python", **recipe}
-        if given.epochs or given.max_steps:
-            defaults["epochs"] = defaults["max_steps"] = None
-        args = parser.parse_args([*as_flags(defaults), *argv])
-        if not (args.data and (args.model or args.init) and (args.epochs or args.max_steps)):
-            raise UserError(f"{out}/last.pt cannot be resumed: its flags are not complete")
-        if given.data is None and (os.path.isabs(args.data) or ".." in Path(args.data).parts):
-            raise UserError(f"this run read {args.data}, which is outside this folder: allow it by --data")
-        args.out = out
-
+            saved = find_checkpoint(out / "last.pt", given.resume, world.job)
+        args = complete_args(parser, argv, given, saved, world.device)
+        args.out = str(out)
         why = "" if given.model or given.init or given.device or saved else (
             ", as there is a CUDA GPU" if world.device.type == "cuda" else ", as there is no CUDA GPU")
         writing = "nothing is written" if args.dry_run else f"writing to {out}"

@@ -32,7 +32,7 @@ from conftest import ROOT, SHAKESPEARE, provide_gpt2_vocabulary
 import gpt
 import prepare
 import train
-from sample import autocast, choose_dtype
+from sample import choose_dtype, mixed_precision
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -146,7 +146,7 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     ids = torch.randint(model.config.vocab_size, (batch_size, length + 1), device=device)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     dtype = torch.float32 if kind == "plain" else dtype or choose_dtype(None, device)
-    context = autocast(device, dtype)
+    context = mixed_precision(device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if kind == "ours":
         train.keep_freed_memory()
@@ -206,12 +206,13 @@ def bench_loading(what, batch_size, length, step_seconds):
     class World:
         rank, size, device = 0, 1, torch.device("cpu")
 
+    places = range(0, 20 * batch_size, batch_size)
     for exponent in (6, 11):
         with open("sparse.bin", "wb") as file:
             file.truncate(2 * 10 ** exponent)
         windows = train.Windows(np.memmap("sparse.bin", prepare.ID, "r"), length, length, 50257)
         batches = train.Batches(windows, batch_size, batch_size, 1337, World)
-        batch_seconds = seconds(lambda batches=batches: [batches(s) for s in range(20)], "cpu", 25) / 20
+        batch_seconds = seconds(lambda batches=batches: list(map(batches, places)), "cpu", 25) / len(places)
         row(f"{what}: reading a batch out of 10^{exponent} ids", f"{batch_seconds * 1e3:.2f} ms",
             f"step {step_seconds * 1e3:,.0f} ms", f"{batch_seconds / step_seconds:.2%}", "≤ 1%")
     os.remove("sparse.bin")

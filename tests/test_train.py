@@ -80,26 +80,26 @@ def world(rank=0, size=1):
     (1, 12, 12), (1, 3, 3), (2, 6, 6), (4, 3, 3), (3, 2, 2), (1, 100, 12), (1, 5, 4), (2, 5, 3)])
 def test_ranks_and_micro_batches_only_slice_the_global_batch(size, batch_size, micro_batch_size):
     windows = Windows(np.arange(1000, dtype=np.uint16), 4, 4, 1000)
-    for step in (0, 1, 50):
+    for place in (0, 12, 600):
         parts = [inputs for rank in range(size)
-                 for inputs, _ in Batches(windows, 12, batch_size, 1, world(rank, size))(step)[0]]
+                 for inputs, _ in Batches(windows, 12, batch_size, 1, world(rank, size))(place)[0]]
         assert all(part.shape == (micro_batch_size, 4) for part in parts)
-        [(whole, _)], _ = Batches(windows, 12, 12, 1, world())(step)
+        [(whole, _)], _ = Batches(windows, 12, 12, 1, world())(place)
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_the_checksums_of_all_ranks_add_up_to_that_of_the_global_batch_and_depend_on_the_step():
+def test_the_checksums_of_all_ranks_add_up_to_that_of_the_global_batch_and_depend_on_the_place():
     windows = Windows(np.arange(49, dtype=np.uint16), 4, 4, 1000)
-    _, whole = Batches(windows, 12, 12, 1, world())(3)
-    assert whole == sum(Batches(windows, 12, 2, 1, world(rank, 3))(3)[1] for rank in range(3))
-    assert whole != Batches(windows, 12, 12, 1, world())(4)[1]      # the same 12 windows
+    _, whole = Batches(windows, 12, 12, 1, world())(36)
+    assert whole == sum(Batches(windows, 12, 2, 1, world(rank, 3))(36)[1] for rank in range(3))
+    assert whole != Batches(windows, 12, 12, 1, world())(48)[1]     # the same 12 windows
 
 
 def test_an_epoch_of_steps_reads_each_window_once():
     windows = Windows(np.arange(241, dtype=np.uint16), 4, 4, 1000)
     batches = Batches(windows, 6, 6, 1, world())
-    first_ids = Counter(i for step in range(10) for i in batches(step)[0][0][0][:, 0].tolist())
-    assert batches.epochs(10) == 1.0
+    assert len(windows) == 60
+    first_ids = Counter(i for place in range(0, 60, 6) for i in batches(place)[0][0][0][:, 0].tolist())
     assert first_ids == Counter(range(0, 240, 4))
 
 
