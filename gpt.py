@@ -229,8 +229,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):
-        """x (N, C), weight (padded V, C), targets (N,) -> a scalar. Ids from vocab_size on are padding. Without
-        gradients, as in an evaluation, only the loss is computed."""
+        """x (N, C), weight (padded V, C), targets (N,) -> a scalar. Ids from vocab_size on are padding.
+        Without gradients, as in an evaluation, only the loss is computed."""
         loss = torch.zeros((), device=x.device)
         if with_gradients:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)

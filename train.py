@@ -90,7 +90,7 @@ class World:
             dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
                 rank=self.rank, world_size=self.size)
-        self.tensors = weakref.WeakSet()    # a thread of gloo holds each until a moment after its sum is known
+        self.tensors = weakref.WeakSet()    # a thread of gloo holds each, until just after its sum is known
         self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
 
     def wrap(self, model, rehearse):
