@@ -16,7 +16,6 @@ one GPU.
 
 import argparse
 import ctypes
-import errno
 import json
 import math
 import os
@@ -442,8 +441,10 @@ class Log:
         self.path = path if world.rank == 0 else os.devnull
         with cannot_write(self.path):
             self.file = open(self.path, "ab+", buffering=0)
-            if self.file.tell() and (self.file.seek(-1, os.SEEK_END), self.file.read(1))[1] != b"\n":
-                self.file.write(b"\n")      # the last row was cut short
+            if self.file.tell() > 0:
+                self.file.seek(-1, os.SEEK_END)
+                if self.file.read(1) != b"\n":
+                    self.file.write(b"\n")      # the last row was cut short
         self.started = time.perf_counter()
         self.restart_clock(first_step)
 
@@ -476,8 +477,8 @@ class Log:
         row = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in values.items()}
         line = json.dumps(row).encode() + b"\n"
         with cannot_write(self.path):
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while line:     # a disk that is nearly full takes a part of it
+                line = line[self.file.write(line):]
         if self.tracker:
             self.tracker.log(row, step=row["step"])
 
