@@ -262,6 +262,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
 
 
+# ------------------------------------------------------------------------------------------ the next id
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Chooses one id for each row of logits, (B, V) -> (B,). The options are those of GPT.generate."""
+    if temperature < 1e-9:      # 0, or too little for float32 to divide by
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: no overflow
+    if top_k is not None and top_k < logits.shape[1]:
+        least = logits.topk(top_k).values[:, -1:]                           # (B, V) -> (B, 1)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        falling, order = probabilities.sort(dim=-1, descending=True)
+        mass_before = falling.cumsum(-1) - falling                          # of all likelier ids together
+        falling[mass_before >= top_p] = 0
+        probabilities = torch.zeros_like(falling).scatter(1, order, falling)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
 # ------------------------------------------------------------------------------------------------ model
 
 class GPT(nn.Module):
@@ -405,23 +424,6 @@ class GPT(nn.Module):
         save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
         config = json.dumps(config_to_hugging_face(self.config), indent=2)
         Path(folder, "config.json").write_text(config + "\n", encoding="utf-8")
-
-
-def pick(logits, temperature, top_k, top_p, generator):
-    """Chooses one id for each row of logits, (B, V) -> (B,). The options are those of GPT.generate."""
-    if temperature < 1e-9:      # 0, or too little for float32 to divide by
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: no overflow
-    if top_k is not None and top_k < logits.shape[1]:
-        least = logits.topk(top_k).values[:, -1:]                           # (B, V) -> (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        falling, order = probabilities.sort(dim=-1, descending=True)
-        mass_before = falling.cumsum(-1) - falling                          # of all likelier ids together
-        falling[mass_before >= top_p] = 0
-        probabilities = torch.zeros_like(falling).scatter(1, order, falling)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
 # -------------------------------------------------------------------------------------- weights on disk
