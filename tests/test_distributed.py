@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import re
 import signal
@@ -13,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, log, same_weights
 
 import gpt
 
@@ -36,39 +34,24 @@ def train(n_processes, *flags, **options):
                           timeout=100, env=ENVIRONMENT)
 
 
-def log(name):
-    return [json.loads(line) for line in Path("out", name, "log.jsonl").read_text().splitlines()]
+def last(out):
+    """The model that a run has saved."""
+    return gpt.load_checkpoint(f"{out}/last.pt")[0]
 
 
-def same_weights(first, second):
-    first, second = (gpt.load_checkpoint(f"out/{name}/last.pt")[0].state_dict() for name in (first, second))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-@pytest.fixture
-def runs(data):
-    """The same five steps by one process with four micro-batches, and by two with two each."""
+def test_two_ranks_train_the_same_model_as_one_process_and_report_its_losses_once(data):
     flags = ["--max_steps", 5, "--batch_size", 2, "--global_batch_size", 8]
-    one, two = train(1, "--out", "out/one", *flags), train(2, "--out", "out/two", *flags)
-    assert one.returncode == two.returncode == 0, two.stderr
-    return one, two
-
-
-def test_two_ranks_train_the_same_model_as_one_process(runs):
-    one, two = (gpt.load_checkpoint(f"out/{name}/last.pt")[0].state_dict() for name in ("one", "two"))
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5, rtol=0), name
-
-
-def test_two_ranks_report_the_losses_of_one_process_and_once(runs):
-    assert len(log("one")) == len(log("two")) == 6
-    for one, two in zip(log("one"), log("two"), strict=True):
+    runs = [train(n, "--out", f"out/{n}", *flags) for n in (1, 2)]
+    assert runs[0].returncode == runs[1].returncode == 0, runs[1].stderr
+    assert "1 processes x 4 micro-batches x 2 windows = 256 ids" in runs[0].stdout
+    assert "2 processes x 2 micro-batches x 2 windows = 256 ids" in runs[1].stdout
+    assert same_weights(last("out/1"), last("out/2"), tolerance=1e-5)
+    assert len(log("out/1")) == len(log("out/2")) == 6
+    for one, two in zip(log("out/1"), log("out/2"), strict=True):
         loss = "val_loss" if "val_loss" in one else "loss"
         assert one["step"] == two["step"] and one[loss] == pytest.approx(two[loss], abs=1e-5)
     one, two = ([line.split("|")[0] for line in run.stdout.splitlines() if "|" in line] for run in runs)
     assert one == two
-    assert "2 processes x 2 micro-batches x 2 windows = 256 ids" in runs[1].stdout
 
 
 def test_two_ranks_go_on_with_the_ids_of_one_process_and_say_so(data):
@@ -79,7 +62,8 @@ def test_two_ranks_go_on_with_the_ids_of_one_process_and_say_so(data):
     assert "this run had 1 processes, and now has 2: its steps read the same ids as before" in two.stdout
     one = train(1, *flags, "--max_steps", 6, "--resume")
     assert "this run had 2 processes, and now has 1: its steps read the same ids as before" in one.stdout
-    hashes = [[row["ids_hash"] for row in log(name) if "loss" in row] for name in ("whole", "text")]
+    hashes = [[row["ids_hash"] for row in log(out) if "loss" in row]
+              for out in ("out/whole", "out/text")]
     assert len(set(hashes[0])) == 6 and hashes[0] == hashes[1]
 
 
@@ -97,7 +81,7 @@ def test_three_ranks_resume_in_every_bit(data):
     assert train(3, "--out", "out/whole", *flags, "--max_steps", 4).returncode == 0
     assert train(3, "--out", "out/text", *flags, "--max_steps", 2).returncode == 0
     assert train(3, "--out", "out/text", *flags, "--max_steps", 4, "--resume").returncode == 0
-    same_weights("whole", "text")
+    assert same_weights(last("out/whole"), last("out/text"))
 
 
 @pytest.mark.parametrize("n_processes", [1, 2])
@@ -114,7 +98,7 @@ def test_where_compiling_fails_on_a_rank_all_train_without_and_say_so_in_one_lin
     reason = "InvalidCxxCompiler" if n_processes == 1 else "(another rank)"
     [line] = [line for line in result.stdout.splitlines() if "training without --compile" in line]
     assert reason in line
-    same_weights("plain", "text")
+    assert same_weights(last("out/plain"), last("out/text"))
 
 
 def test_ranks_that_find_different_checkpoints_do_not_start(data):
@@ -189,8 +173,8 @@ def test_torchrun_takes_a_run_whose_worker_was_killed_back_to_its_last_checkpoin
     result = train(2, "--out", "out/text", *flags, torchrun=["--max_restarts=1"], script=kill)
     assert result.returncode == 0, result.stderr
     assert "6 steps, 1.71 epochs, 2 of them done" in result.stdout
-    assert [row["step"] for row in log("text") if "loss" in row] == [1, 2, 3, 3, 4, 5, 6]
-    same_weights("whole", "text")
+    assert [row["step"] for row in log("out/text") if "loss" in row] == [1, 2, 3, 3, 4, 5, 6]
+    assert same_weights(last("out/whole"), last("out/text"))
 
 
 def test_a_machine_that_dies_and_comes_back_joins_the_run_again_at_its_last_checkpoint(data):
@@ -217,7 +201,7 @@ def test_a_machine_that_dies_and_comes_back_joins_the_run_again_at_its_last_chec
     assert first.returncode == second.returncode == 0, outputs
     assert "rank 1 does not answer: it was killed, or hangs" in outputs[0]
     assert "6 steps, 1.71 epochs, 2 of them done" in outputs[0]
-    same_weights("whole", "text")
+    assert same_weights(last("out/whole"), last("out/text"))
 
 
 def test_another_job_of_torchrun_does_not_go_on_by_itself(data):

@@ -64,7 +64,7 @@ def test_the_memory_it_foretells_is_that_of_the_run(data):
     # Of processes of their own, as it is a process's peak.
     def trains(*flags):
         command = [sys.executable, ROOT / "train.py", "--data", data, "--n_embd", 512, "--block_size", 64,
-                   "--dtype", "float32", "--max_steps", 8, "--log_interval", 1, "--out", "out/text", *flags]
+                   "--dtype", "float32", "--max_steps", 3, "--log_interval", 1, "--out", "out/text", *flags]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
     foretold = float(re.search(r"([\d.]+) GB in each process", trains("--dry_run"))[1]) * 1e9
