@@ -1,73 +1,59 @@
-"""The model: GPT-2, written out. Token ids go in; logits, a loss, or one next id after another come out.
+"""The model: GPT-2, written out. Tokens go in; logits, a loss, or one next token after another come out.
 
-    ids (B, T) --wte + wpe--> (B, T, C) --n_layer blocks--> (B, T, C) --ln_f, head--> logits (B, T, V)
-                                                                                          |
-                    training: the logits at t against the id at t + 1 --> loss  <---------+
-                    sampling: the last logits --softmax--> one more id  <-----------------+
+    ids (B, T) --wte + wpe--> (B, T, C) --n_layer blocks--> (B, T, C) --ln_f, lm_head--> logits (B, T, V)
+                                                                                             |
+                    training: the logits at t are scored on the token at t + 1 --> loss  <---+
+                    sampling: the last logits --softmax, draw--> the next token  <-----------+
 
-    B  batch: sequences side by side
-    T  time: positions in a sequence
-    C  channels: the width of the vector that stands for one position
-    H  heads of attention
-    D  head size: H * D = C
-    S  positions that a query can look at: T, or more when a cache holds earlier ones
-    V  vocabulary: how many different ids there are
+B batch (sequences side by side), T time (positions in a sequence), C channels (the width of the vector at
+each position), H attention heads, D head size (H * D = C), V vocabulary size. A token is a number below V,
+made from text by prepare.py. wte and wpe are token and position embeddings: OpenAI's names throughout.
 
-Modules and weights have the names of OpenAI's release (wte: token embedding, wpe: position embedding,
-h: blocks; c_attn, c_fc, c_proj: linear layers), so its weights need no renaming here.
-
-Left out: training (train.py), text (prepare.py, sample.py), and all that came after GPT-2.
+Each formula is written out and followed by a fused kernel, which computes the same in fewer passes over
+memory: GPT(config) runs the kernels, GPT(config, fused=False) the formulas. Tests hold the two equal.
+Left out: training (train.py), text (prepare.py, sample.py), and everything invented after GPT-2.
 """
 
-import json
 import math
 import os
 import zipfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-class ModelError(ValueError):
-    """A model cannot be made: its sizes do not fit together, or its file cannot be read."""
-
-
-# ------------------------------------------------------------------------------------------------ sizes
+# -------------------------------------------------------------------------------------- sizes
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The sizes of one model. Raises ModelError if they do not fit together."""
-    block_size: int = 1024      # the longest sequence it can read
-    vocab_size: int = 50257     # ids it knows
+    block_size: int = 1024      # the longest sequence it can read, its context
+    vocab_size: int = 50257     # V, tokens it knows
     n_layer: int = 12           # blocks, one after the other
-    n_head: int = 12            # attention heads in each block
+    n_head: int = 12            # H, attention heads in each block
     n_embd: int = 768           # C, the width
-    mlp_ratio: int = 4          # the MLP inside a block is this many times wider than C
+    mlp_ratio: int = 4          # the MLP in a block is this many times wider than C
     dropout: float = 0.0        # share of activations zeroed in training
     bias: bool = True           # whether linear layers and LayerNorms add a bias
-    tied: bool = True           # whether the head is the token embedding, transposed
+    tied: bool = True           # whether lm_head is the token embedding, transposed
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_ratio"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ModelError(f"{name} must be a whole number above 0, not {value!r}")
+        wanted = {int: "a whole number above 0", float: "at least 0 and below 1", bool: "true or false"}
+        fits = {int: lambda x: x > 0, float: lambda x: 0 <= x < 1, bool: lambda x: True}
+        for name, value in asdict(self).items():
+            kind = GPTConfig.__annotations__[name]
+            if type(value) is not kind or not fits[kind](value):
+                raise ModelError(f"{name} must be {wanted[kind]}, not {value!r}")
         if self.n_embd % self.n_head:
-            raise ModelError(f"n_embd must be divisible by n_head, but {self.n_embd} is not by {self.n_head}")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        for name in ("bias", "tied"):
-            if type(getattr(self, name)) is not bool:
-                raise ModelError(f"{name} must be true or false, not {getattr(self, name)!r}")
+            raise ModelError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
 
 MODELS = {
     "nano": GPTConfig(block_size=128, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
-    # Made for two 16 GB GPUs: shallower and narrower than GPT-2, its MLP half as wide, its head untied.
+    # For two 16 GB GPUs: shallower and narrower than GPT-2, with a half-width MLP and an untied lm_head.
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
@@ -76,14 +62,11 @@ MODELS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------- layers
-# LayerNorm, attention and GELU each stand here twice: as the formula, to be read, and as PyTorch's fused
-# kernel, which computes the same in fewer passes over memory and runs where it is faster, unless
-# GPT(config, fused=False).
+# ------------------------------------------------------------------------------------- layers
 
 class LayerNorm(nn.Module):
     """Shifts and scales the C channels of each position to mean 0 and variance 1, then each channel by a
-    learned weight and bias (Ba et al. 2016)."""
+    learned weight and bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
     EPSILON = 1e-5
 
     def __init__(self, config, fused):
@@ -93,112 +76,91 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        if self.fused:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPSILON)
-        mean = x.mean(-1, keepdim=True)                                     # (B, T, C) -> (B, T, 1)
-        variance = x.var(-1, unbiased=False, keepdim=True)                  # (B, T, C) -> (B, T, 1)
-        x = (x - mean) / torch.sqrt(variance + self.EPSILON) * self.weight
-        return x if self.bias is None else x + self.bias
-
-
-class Linear(nn.Linear):
-    """x @ weight.T + bias at each position."""
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x, weight, bias=None):
-    """x (..., in), weight (out, in), bias (out,) -> x @ weight.T + bias, (..., out)."""
-    n_rows = x.shape[:-1].numel()
-    if n_rows > 64 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    # To generate, a few rows meet all the weights. A CPU reads them faster in the order weight @ x.T.
-    if n_rows == 1:
-        y = weight @ x.flatten()
-    else:
-        y = (weight @ x.flatten(0, -2).T).T.contiguous()
-    y = y.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class KVCache:
-    """The keys and values of one attention layer for the positions read so far, in memory allocated once."""
-
-    def __init__(self, config, batch_size, dtype, device):
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, k, v):
-        """Adds k and v of T new positions, (B, H, T, D); returns those of all S so far, (B, H, S, D)."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start:self.length] = k
-        self.values[:, :, start:self.length] = v
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+        if not self.fused:
+            mean = x.mean(-1, keepdim=True)                                 # (B, T, C) -> (B, T, 1)
+            variance = x.var(-1, unbiased=False, keepdim=True)              # (B, T, C) -> (B, T, 1)
+            x = (x - mean) / torch.sqrt(variance + self.EPSILON) * self.weight
+            return x if self.bias is None else x + self.bias
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPSILON)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each position looks at itself and at those before it, and takes a weighted mean of what they offer:
-    softmax(q k^T / sqrt(D)) v, in each of H heads (Vaswani et al. 2017)."""
+    """The only place where positions exchange information (Vaswani et al. 2017,
+    https://arxiv.org/abs/1706.03762).
+
+    Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
+    on?). The dot product of a query and a key, their score, says how well they match. A softmax turns a
+    query's scores into weights that add up to 1; its output is the weighted mean of the values. If the
+    entries of queries and keys have variance 1, a score, the sum of D products, has variance D: divided by
+    sqrt(D), it has variance 1 again. Otherwise the softmax would put nearly all weight on one position. H
+    heads do this side by side, each on D channels.
+
+    Causal: a position attends to itself and to earlier ones. A mask of minus infinity, weight 0 after the
+    softmax, hides the others (x). Here for T = 3 positions, and for T = 2 positions after 3 cached ones:
+
+                    key 0  1  2                           key 0  1  2  3  4
+        query 0         .  x  x            query 3            .  .  .  .  x
+        query 1         .  .  x            query 4            .  .  .  .  .
+        query 2         .  .  .
+    """
 
     def __init__(self, config, fused):
         super().__init__()
         self.fused = fused
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None):
+        """x (B, T, C) -> (B, T, C). With a KVCache (see below), x continues the positions cached so far."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)   # (B, T, C) -> (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # -> three of (B, H, T, D)
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+                   for part in self.c_attn(x).split(C, dim=2))              # (B, T, C) -> three (B, H, T, D)
         if cache is not None:
-            k, v = cache.append(k, v)                                       # (B, H, T, D) -> (B, H, S, D)
+            k, v = cache.append(k, v)                                       # T becomes S: cached and new
         y = self.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)                              # (B, H, T, D) -> (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def attend(self, q, k, v):
+        """q (B, H, T, D), k and v (B, H, S, D) -> softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D). The T
+        queries are the last of the S positions."""
         T, S, D = q.shape[2], k.shape[2], q.shape[3]
         dropout = self.dropout if self.training else 0.0
-        # On a CPU the kernel's backward pass is slow in bfloat16: for short sequences the formula is faster.
-        kernel_is_slow = self.training and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16
-        if self.fused and not kernel_is_slow:
-            assert T == S or T == 1     # the cache was empty, or gets one position, which may look at all
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        scores = q / math.sqrt(D) @ k.transpose(2, 3)                       # (B, H, T, D) -> (B, H, T, S)
-        mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
-        weights = (scores + mask).softmax(-1)                               # none for later positions
-        return F.dropout(weights, dropout) @ v                              # (B, H, T, S) -> (B, H, T, D)
+        if not self.fused or formula_is_faster(q, self.training):
+            scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                 # (B, H, T, D) -> (B, H, T, S)
+            mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
+            weights = F.dropout((scores + mask).softmax(-1), dropout)
+            return weights @ v                                              # (B, H, T, S) -> (B, H, T, D)
+        assert T == S or T == 1     # is_causal is the mask on the left; one new position sees all cached ones
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, on each position by itself."""
+    """Two linear layers with a GELU between them, at each position by itself. GELU is x * Phi(x), Phi the
+    standard normal CDF, in its tanh form (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
 
     def __init__(self, config, fused):
         super().__init__()
         self.fused = fused
         self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = self.gelu(self.c_fc(x))                                         # (B, T, C) -> (B, T, ratio * C)
+        x = self.c_fc(x)                                                    # (B, T, C) -> (B, T, ratio * C)
+        if not self.fused:
+            x = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+        else:
+            x = F.gelu(x, approximate="tanh")
         return F.dropout(self.c_proj(x), self.dropout, self.training)       # -> (B, T, C)
-
-    def gelu(self, x):
-        """x * P(N < x) for a standard normal N, in its tanh approximation (Hendrycks and Gimpel 2016)."""
-        if self.fused:
-            return F.gelu(x, approximate="tanh")
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
 class Block(nn.Module):
-    """Attention moves information between positions, the MLP works on it. Both add to the residual stream x
-    and read it through a LayerNorm of their own (pre-norm, Radford et al. 2019)."""
+    """Attention gathers information from other positions, the MLP works on it. Both read the residual stream
+    x through a LayerNorm and add to it: x passes all blocks as a plain sum, which gives gradients a direct
+    way back to the first block (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, config, fused):
         super().__init__()
@@ -213,135 +175,54 @@ class Block(nn.Module):
         return x
 
 
-# ------------------------------------------------------------------------------------------------- loss
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The sum over N rows of -log softmax(x @ weight.T)[target], without ever holding all N * V logits: they
-    are computed, turned into their own gradients, used and dropped, a few rows at a time.
-
-    The gradient with respect to a row's logits is softmax(logits) - onehot(target), which is known as soon as
-    the logits are. So forward computes the gradients of x and weight as well, and backward only multiplies
-    them by the incoming gradient.
-    """
-    LOGITS_AT_ONCE = 2 ** 26    # 128 MiB in bfloat16
-    SOFTMAX_AT_ONCE = 2 ** 21   # the part of them that a CPU turns into float32 at a time: 8 MiB
-    ROWS_AT_ONCE = 2048         # so that sums of grad_logits.T @ x stay below float16's limit of 65,504
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
-        """x (N, C), weight (padded V, C), targets (N,) -> a scalar. Ids from vocab_size on are padding.
-        Without gradients, as in an evaluation, only the loss is computed."""
-        loss = torch.zeros((), device=x.device)
-        if with_gradients:
-            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        n_rows = max(1, min(LinearCrossEntropy.ROWS_AT_ONCE,
-                            LinearCrossEntropy.LOGITS_AT_ONCE // weight.shape[0]))
-        few = n_rows if x.is_cuda else max(1, LinearCrossEntropy.SOFTMAX_AT_ONCE // weight.shape[0])
-        for start in range(0, x.shape[0], n_rows):
-            rows = slice(start, start + n_rows)
-            logits = F.linear(x[rows], weight)                              # (rows, C) -> (rows, padded V)
-            logits[:, vocab_size:] = -math.inf                              # padding gets no probability
-            for part, target in zip(logits.split(few), targets[rows].split(few), strict=True):
-                log_softmax = F.log_softmax(part.float(), dim=1)            # (few, padded V)
-                at_target = torch.arange(len(part), device=x.device), target
-                loss -= log_softmax[at_target].sum()
-                if with_gradients:
-                    grad_part = log_softmax.exp_()
-                    grad_part[at_target] -= 1
-                    part.copy_(grad_part)                                   # logits are now grad_logits
-            if with_gradients:
-                grad_x[rows] = logits @ weight                              # (rows, padded V) -> (rows, C)
-                grad_weight += logits.T @ x[rows]                           # -> (padded V, C)
-        if with_gradients:
-            ctx.save_for_backward(grad_x, grad_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
-
-
-# ------------------------------------------------------------------------------------------ the next id
-
-def pick(logits, temperature, top_k, top_p, generator):
-    """Chooses one id for each row of logits, (B, V) -> (B,). The options are those of GPT.generate."""
-    if temperature < 1e-9:      # 0, or too little for float32 to divide by
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: no overflow
-    if top_k is not None and top_k < logits.shape[1]:
-        least = logits.topk(top_k).values[:, -1:]                           # (B, V) -> (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        falling, order = probabilities.sort(dim=-1, descending=True)
-        mass_before = falling.cumsum(-1) - falling                          # of all likelier ids together
-        falling[mass_before >= top_p] = 0
-        probabilities = torch.zeros_like(falling).scatter(1, order, falling)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-
-# ------------------------------------------------------------------------------------------------ model
+# -------------------------------------------------------------------------------------- model
 
 class GPT(nn.Module):
-    """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) yields n next ids.
+    """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) yields n tokens.
 
-    Inside, the vocabulary is padded to a multiple of 64, a size that matrix units are fast at. The padding
-    gets no probability: it is never sampled and adds nothing to a loss, nor is it counted or exported.
-    """
+    Inside, the vocabulary is padded to a multiple of 64, a size that tensor cores are fast at. The padding
+    has probability 0: it is never sampled, and counts in no loss, parameter count or export."""
 
     def __init__(self, config, fused=True):
         super().__init__()
         self.config = config
+        self.fused = fused
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, fused) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config, fused)
-        if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
         self.init_weights()
 
     def init_weights(self):
-        """Weights are normal with standard deviation 0.02, biases 0. The 2 * n_layer layers that add to the
-        residual stream start smaller, so that their sum does not grow with depth (Radford et al. 2019)."""
+        """Weights start normal with standard deviation 0.02, biases at 0. The 2 * n_layer layers that add to
+        the residual stream start smaller, so that their sum does not grow with depth. The first logits are
+        close to 0, so every token has a probability of about 1 / V, and the first loss is about -ln(1 / V) =
+        ln V: 10.8 for GPT-2's vocabulary. If yours is far from that, something is wrong."""
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+            if parameter.dim() == 2:
+                depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    @property
-    def head(self):
-        """The matrix that turns the output of ln_f into logits, (padded V, C)."""
-        return self.wte.weight if self.config.tied else self.lm_head.weight
-
-    def num_params(self):
-        """The number of parameters, not counting the padding of the vocabulary."""
-        padding = (self.wte.num_embeddings - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding * (1 if self.config.tied else 2)
-
-    def flops_per_id(self, length):
-        """Floating-point operations to train on one id of a sequence of that length: 6 for each weight that
-        it is multiplied with, and 12 * length * C for each layer's attention (Chowdhery et al. 2022)."""
-        weights = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + self.head.numel()
-        return 6 * weights + 12 * length * self.config.n_embd * self.config.n_layer
-
     def forward(self, ids, targets=None):
-        """ids (B, T) -> logits (B, T, V). With targets (B, T), the id that follows each position: -> the mean
-        cross-entropy in nats per id, a scalar. Raises ValueError if T is above block_size."""
+        """ids (B, T) -> logits (B, T, V). With targets (B, T), the token after each position: -> the mean of
+        -ln(probability of the target) over all B * T, the cross-entropy in nats per token. Raises ValueError
+        if T is above block_size."""
         x = self.hidden(ids)
         if targets is None:
-            return linear(x, self.head)[..., :self.config.vocab_size]       # (B, T, C) -> (B, T, V)
-        total = LinearCrossEntropy.apply(x.flatten(0, 1), self.head, targets.flatten(),
-                                         self.config.vocab_size, torch.is_grad_enabled())
-        return total / targets.numel()
+            return self.logits(x)
+        if not self.fused:
+            return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
+        # The same without ever holding all logits, the largest array by far.
+        return chunked_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size)
 
     def hidden(self, ids, caches=None):
-        """ids (B, T) -> (B, T, C), what the head reads. With caches, one per layer, ids continue what they
-        hold."""
+        """ids (B, T) -> (B, T, C). With caches, a KVCache for each block, ids continue what is cached."""
         start = caches[0].length if caches else 0
         end = start + ids.shape[1]
         if end > self.config.block_size:
@@ -352,85 +233,144 @@ class GPT(nn.Module):
             x = block(x, caches[i] if caches else None)
         return self.ln_f(x)
 
+    def logits(self, x):
+        """(..., C) -> one number for each token, (..., V)."""
+        return self.lm_head(x)[..., :self.config.vocab_size]
+
     @torch.inference_mode()
-    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, generator=None):
-        """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times.
+    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, generator=None,
+                 watch=lambda logits: None):
+        """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times. next_token, below,
+        chooses them and explains the options; watch(logits) sees the logits (B, V) first.
 
-        Temperature 0 takes the likeliest id (greedy). Otherwise the id is drawn, with the torch.Generator,
-        from softmax(logits / temperature), restricted to the top_k likeliest ids (Fan et al. 2018) and to the
-        fewest ids whose probabilities add up to top_p (nucleus sampling, Holtzman et al. 2019).
-
-        Each id depends on all ids before it, until they fill block_size. Then the cache is dropped, the last
-        block_size // 2 ids are read again from position 0, and generation continues from there: so an id
-        always depends on at least that many. Of a longer prompt only the last block_size ids count.
-        """
-        assert temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+        Only the last block_size tokens of a prompt count. Whenever the context is full, its last half is read
+        again from position 0, and generation continues from there."""
         block_size = self.config.block_size
-        caches = [KVCache(self.config, ids.shape[0], self.head.dtype, ids.device) for _ in self.h]
         context = unread = ids[:, -block_size:]
+        caches = [KVCache(self, len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
                 context = unread = context[:, -max(1, block_size // 2):]
                 for cache in caches:
                     cache.length = 0
-            x = self.hidden(unread, caches)[:, -1]                          # (B, T) -> (B, C)
-            logits = linear(x, self.head)[:, :self.config.vocab_size]       # (B, C) -> (B, V)
-            next_ids = pick(logits.float(), temperature, top_k, top_p, generator)
+            logits = self.logits(self.hidden(unread, caches)[:, -1]).float()    # (B, T) -> (B, C) -> (B, V)
+            watch(logits)
+            next_ids = next_token(logits, temperature, top_k, top_p, generator)
             yield next_ids
             unread = next_ids.unsqueeze(1)                                  # (B,) -> (B, 1)
             context = torch.cat([context, unread], dim=1)[:, -block_size:]
 
-    @classmethod
-    def from_pretrained(cls, source):
-        """Loads a GPT-2 in Hugging Face's layout (config.json, model.safetensors) onto the CPU, in evaluation
-        mode: from a folder, or, by a name such as gpt2 or owner/name, from their hub. Neither file can run
-        code. Raises ModelError if one cannot be had or is damaged, or the model is not a GPT-2. Needs the
-        packages safetensors and, for the hub, huggingface_hub."""
-        from safetensors.torch import load_file
-        folder = source if os.path.isdir(source) else fetch_from_hub(source)
-        try:
-            values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-            found = load_file(Path(folder, "model.safetensors"))
-            found = {name.removeprefix("transformer."): weight for name, weight in found.items()}
-            model = without_memory(config_from_hugging_face(values, bias="ln_f.bias" in found), found)
-            weights = {}
-            for name, ours in model.state_dict().items():
-                if name not in found:
-                    raise ModelError(f"the weight {name} is missing")
-                weight = found[name].T.contiguous() if is_transposed(name) else found[name]
-                if has_row_per_id(name):
-                    weight = F.pad(weight, (0, 0, 0, ours.shape[0] - model.config.vocab_size))
-                if weight.shape != ours.shape:
-                    raise ModelError(f"the weight {name} has shape {tuple(weight.shape)}, but by config.json "
-                                     f"it must have {tuple(ours.shape)}")
-                weights[name] = weight
-            model.load_state_dict(weights, assign=True)
-        except ModelError as error:
-            raise ModelError(f"{source}: {error}") from error
-        except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
-            raise ModelError(f"{source} has no config.json and model.safetensors that can be read") from error
-        return model.eval()
 
-    def save_pretrained(self, folder):
-        """Writes a folder that transformers.GPT2LMHeadModel.from_pretrained loads, with equal logits. Needs
-        the package safetensors."""
-        from safetensors.torch import save_file
-        weights = {}
-        for name, weight in self.state_dict().items():
-            weight = weight[:self.config.vocab_size] if has_row_per_id(name) else weight
-            weight = weight.T if is_transposed(name) else weight
-            weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight.contiguous()
-        os.makedirs(folder, exist_ok=True)
-        save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-        config = json.dumps(config_to_hugging_face(self.config), indent=2)
-        Path(folder, "config.json").write_text(config + "\n", encoding="utf-8")
+# --------------------------------------------------------------------------------- generation
+
+class KVCache:
+    """The keys and values of one attention layer for all positions read so far. No position sees later ones,
+    so they never change: a new token takes one new position to compute, not the whole sequence again."""
+
+    def __init__(self, model, batch_size):
+        config, like = model.config, model.wte.weight
+        shape = (2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys, self.values = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, k, v):
+        """Adds k and v of T new positions, (B, H, T, D); returns those of all S so far, (B, H, S, D)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start:self.length] = k
+        self.values[:, :, start:self.length] = v
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
 
 
-# -------------------------------------------------------------------------------------- weights on disk
+def next_token(logits, temperature, top_k, top_p, generator):
+    """Draws one token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature): below 1
+    sharpens the distribution, above 1 flattens it, 0 always takes the likeliest token (greedy). top_k keeps
+    the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), top_p then the fewest whose
+    probabilities add up to p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
+    if temperature < 1e-9:      # 0, or too small for float32 to divide by
+        return logits.argmax(-1)
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: exp cannot overflow
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]     # (B, V) -> (B, 1)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        descending, order = probabilities.sort(dim=-1, descending=True)
+        mass_before = descending.cumsum(-1) - descending                    # of all likelier tokens together
+        probabilities = probabilities.scatter(1, order, descending.masked_fill(mass_before >= top_p, 0))
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+# ================================================================================== plumbing
+# A first reading may stop here: the model is complete. Below: its loss in chunks, checkpoints, Hugging Face's
+# format, devices and dtypes.
+
+class ModelError(ValueError):
+    """Raised when a model cannot be built, loaded or run here. The message says in one line why."""
+
+
+def num_params(model):
+    """Returns the number of parameters, without the padding of the vocabulary."""
+    padding = (model.wte.num_embeddings - model.config.vocab_size) * model.config.n_embd
+    return sum(p.numel() for p in model.parameters()) - padding * (1 if model.config.tied else 2)
+
+
+def formula_is_faster(q, training):
+    """On a CPU, the backward pass of fused attention is slow for short sequences in bfloat16."""
+    return training and q.shape[2] <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------- chunked loss
+
+LOGITS_AT_ONCE = 2 ** 26    # 128 MiB in bfloat16
+ROWS_AT_ONCE = 2048         # so that sums over rows stay below float16's limit of 65,504
+
+
+def chunked_cross_entropy(x, weight, targets, vocab_size):
+    """x (B, T, C), weight (padded V, C), targets (B, T) -> F.cross_entropy(x @ weight.T, targets), a scalar.
+    Logits from vocab_size on are padding."""
+    with_gradients = torch.is_grad_enabled()
+    x, targets = x.flatten(0, 1), targets.flatten()
+    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, with_gradients) / len(targets)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of -ln softmax(x @ weight.T)[target] over N rows, a chunk of rows at a time. The gradient of a
+    row's logits is softmax(logits) - onehot(target), known as soon as the logits are: so forward also
+    computes the gradients of x and weight, and backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
+        loss = torch.zeros((), device=x.device)
+        if with_gradients:
+            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        n_rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // weight.shape[0]))
+        for start in range(0, x.shape[0], n_rows):
+            rows = slice(start, start + n_rows)
+            logits = F.linear(x[rows], weight)                              # (rows, C) -> (rows, padded V)
+            logits[:, vocab_size:] = -math.inf                              # padding gets no probability
+            log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
+            at_target = torch.arange(len(logits), device=x.device), targets[rows]
+            loss -= log_probs[at_target].sum()
+            if with_gradients:
+                grad_logits = torch.exp(log_probs, out=logits)              # the logits are needed no more
+                grad_logits[at_target] = torch.expm1(log_probs[at_target]).to(logits.dtype)
+                grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
+                grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
+        if with_gradients:
+            ctx.save_for_backward(grad_x, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
+
+
+# -------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, meta):
     """Writes a model and meta, a dictionary of tensors and plain values. At any moment, path is either the
-    complete old file or the complete new one. Raises OSError if there is no room, for example."""
+    complete old file or the complete new one. Raises OSError, for example if the disk is full."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -441,7 +381,7 @@ def save_checkpoint(path, model, meta):
     except BaseException as error:
         with suppress(OSError):
             os.remove(temporary)
-        while error.__context__:        # torch.save may add errors of its own to the file's
+        while error.__context__:        # torch.save raises errors of its own on top of the file's
             error = error.__context__
         raise error from None
 
@@ -452,85 +392,134 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise ModelError(f"there is no checkpoint {path}")
     try:
-        check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():       # checksums, which torch.load does not verify
+                raise ValueError("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        weights, meta = content["model"], content["meta"]
-        model = without_memory(GPTConfig(**content["config"]), weights)
-        # A tensor that is not contiguous could pretend to be larger than its memory.
-        if not all(weight.is_contiguous() for weight in weights.values()) or not isinstance(meta, dict):
-            raise ValueError("not what save_checkpoint writes")
-        model.load_state_dict(weights, assign=True)
-        return model.eval(), meta
+        with torch.device("meta"):      # takes no memory, and no time to initialize
+            model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["model"], assign=True)
+        if model.config.tied:
+            model.lm_head.weight = model.wte.weight
+        return model.eval(), dict(content["meta"])
     except (PermissionError, MemoryError):
         raise
-    except Exception as error:      # whatever else goes wrong while a file is read is the file's fault
+    except Exception as error:          # whatever else goes wrong here is the file's fault
         raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error
 
 
-def check_archive(path):
-    """Raises an exception unless a file is a zip archive of the kind that torch.save writes: not compressed,
-    so that it takes no more memory than disk, and with right checksums, which torch.load does not check."""
-    with open(path, "rb") as file:
-        magic = file.read(4)
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            plain = all(r.compress_type == zipfile.ZIP_STORED and r.external_attr == 0 for r in records)
-            size = sum(r.file_size for r in records)
-            if magic != b"PK\3\4" or not plain or size > os.path.getsize(path) or archive.testzip():
-                raise ValueError("damaged, or of another kind")
+# ------------------------------------------------------------------------------- Hugging Face
+
+CONFIG_NAMES = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
+                "n_head": "n_head", "n_embd": "n_embd",
+                "dropout": "resid_pdrop", "tied": "tie_word_embeddings"}
 
 
-def without_memory(config, names):
-    """Returns a model whose weights are shapes only, to be replaced by load_state_dict(..., assign=True) with
-    weights of these names. Raises ModelError if they do not contain the last block, before it builds any."""
-    if f"h.{config.n_layer - 1}.ln_1.weight" not in names:
-        raise ModelError(f"there are no weights for {config.n_layer} layers")
-    with torch.device("meta"):
-        return GPT(config)
+def weight_pairs(model, theirs):
+    """Yields (a weight of a GPT, the same weight of a GPT2LMHeadModel) as views of one shape: like OpenAI's
+    release, theirs stores linear layers as (in, out), and has no padding."""
+    for name, ours in model.named_parameters():
+        weight = theirs.get_parameter(name if name == "lm_head.weight" else f"transformer.{name}")
+        if name in ("wte.weight", "lm_head.weight"):
+            ours = ours[:model.config.vocab_size]
+        transposed = name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+        yield ours, weight.T if transposed else weight
 
 
-def fetch_from_hub(name):
-    """Returns a local folder with the model of this name on Hugging Face's hub."""
-    from huggingface_hub import snapshot_download
+def quiet_transformers():
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+@torch.no_grad()
+def save_pretrained(model, folder):
+    """Writes a folder for transformers.GPT2LMHeadModel.from_pretrained. Needs the package transformers."""
+    transformers = quiet_transformers()
+    config, end_of_text = model.config, model.config.vocab_size - 1
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        **{name: getattr(config, ours) for ours, name in CONFIG_NAMES.items()},
+        n_inner=config.mlp_ratio * config.n_embd, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        bos_token_id=end_of_text, eos_token_id=end_of_text,
+        bias=config.bias))      # a name of ours: theirs always has biases, which stay 0 if ours has none
+    for ours, weight in weight_pairs(model, theirs):
+        weight.copy_(ours)
+    theirs.save_pretrained(folder)
+
+
+@torch.no_grad()
+def from_pretrained(source):
+    """Loads a GPT-2 of Hugging Face onto the CPU, in evaluation mode: a folder, or a name on their hub (gpt2,
+    owner/name). Raises ModelError if it cannot be had or is not a GPT-2. Needs the package transformers."""
+    transformers = quiet_transformers()
     try:
-        return snapshot_download(name, allow_patterns=["config.json", "model.safetensors"])
-    except Exception as error:
-        raise ModelError(f"there is no folder {name}, and Hugging Face's hub gave no model of that name "
-                         f"({type(error).__name__})") from error
+        config, gpt2 = transformers.AutoConfig.from_pretrained(source), transformers.GPT2Config()
+        for name in ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
+                     "scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+            if (found := getattr(config, name, None)) != (expected := getattr(gpt2, name)):
+                raise ModelError(f"its {name} is {found!r}, not {expected!r}")
+        theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True)
+        for problem in ("missing", "unexpected"):
+            if names := sorted(report[f"{problem}_keys"]):
+                raise ModelError(f"it has {problem} weights, such as {names[0]}")
+        sizes = {ours: getattr(config, name) for ours, name in CONFIG_NAMES.items()}
+        sizes["dropout"] = float(sizes["dropout"])
+        bias = any(weight.any() for name, weight in theirs.named_parameters() if name.endswith("bias"))
+        model = GPT(GPTConfig(**sizes, mlp_ratio=(config.n_inner or 4 * config.n_embd) // config.n_embd,
+                              bias=bias or getattr(config, "bias", True)))
+        for ours, weight in weight_pairs(model, theirs):
+            ours.copy_(weight)
+        return model.eval()
+    except MemoryError:
+        raise
+    except ModelError as error:
+        raise ModelError(f"{source} is not a GPT-2: {error}") from error
+    except Exception as error:      # whatever else goes wrong here is the folder's fault, or the hub's
+        raise ModelError(f"{source} is neither a folder with a GPT-2 in Hugging Face's format nor a model "
+                         f"that could be had from their hub ({type(error).__name__})") from error
 
 
-def has_row_per_id(name):
-    """Whether a weight has one row for each id of the vocabulary."""
-    return name in ("wte.weight", "lm_head.weight")
+GPT.num_params, GPT.save_pretrained = num_params, save_pretrained
+GPT.from_pretrained = staticmethod(from_pretrained)
 
 
-def is_transposed(name):
-    """Whether Hugging Face, like OpenAI's release, stores a weight as (in, out) instead of (out, in)."""
-    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+# --------------------------------------------------------------------------- device and dtype
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
-HUGGING_FACE_NAMES = {
-    "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
-    "n_embd": "n_embd", "dropout": "resid_pdrop", "tied": "tie_word_embeddings"}
-HUGGING_FACE_ARCHITECTURE = {
-    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": LayerNorm.EPSILON,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+def choose_device(name=None):
+    """Returns the torch.device of that name, by default a CUDA GPU if there is one, otherwise the CPU. Raises
+    ModelError if this machine does not have it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        x = torch.ones(1, device=name)
+        x.item()        # fails on torch's device "meta"
+        return x.device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"there is no device {name} here: use --device cpu or leave the flag out") from error
 
 
-def config_to_hugging_face(config):
-    values = {theirs: getattr(config, ours) for ours, theirs in HUGGING_FACE_NAMES.items()}
-    end_of_text = config.vocab_size - 1
-    return {"architectures": ["GPT2LMHeadModel"], **HUGGING_FACE_ARCHITECTURE, **values,
-            "n_inner": config.mlp_ratio * config.n_embd, "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+def choose_dtype(name, device):
+    """Returns the dtype for matmuls: the one of that name, by default the fastest that the device has
+    hardware for. Raises ModelError if it does not run there."""
+    if name is None and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name is None:    # PyTorch before 2.6 cannot say what a CPU has, and gets float32
+        abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
+    dtype = getattr(torch, name)
+    try:
+        with mixed_precision(device, dtype):
+            F.linear(torch.ones(8, 8, device=device), torch.ones(8, 8, device=device))
+    except RuntimeError as error:
+        raise ModelError(f"{name} does not run on this {device.type}: use --dtype float32") from error
+    return dtype
 
 
-def config_from_hugging_face(values, bias):
-    for name, value in HUGGING_FACE_ARCHITECTURE.items():
-        if values.get(name, value) != value:
-            raise ModelError(f"config.json: {name} is {values[name]!r}, but GPT-2 has {value!r}")
-    sizes = {ours: values[theirs] for ours, theirs in HUGGING_FACE_NAMES.items() if theirs in values}
-    mlp_ratio, rest = divmod(values.get("n_inner") or 4 * sizes["n_embd"], sizes["n_embd"])
-    if rest:
-        raise ModelError(f"config.json: n_inner {values['n_inner']} is not a multiple of n_embd")
-    return GPTConfig(**sizes, mlp_ratio=mlp_ratio, bias=bias)
+def mixed_precision(device, dtype):
+    """Returns a reusable context manager in which matmuls run in this dtype."""
+    # float32 needs none, and older versions of PyTorch do not have torch.autocast for every device.
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

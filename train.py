@@ -2,16 +2,15 @@
 
     python train.py                                         one process
     torchrun --standalone --nproc_per_node=2 train.py       two processes: one per GPU, or both on the CPU
-    python train.py --resume                                continues from out/NAME/last.pt
+    python train.py --resume                                continues from out/NAME/last.pt, if there is one
     python train.py --data data/NAME --init gpt2            fine-tunes OpenAI's weights
 
 out/NAME gets last.pt (weights, and all that --resume needs), best.pt (weights with the lowest validation
 loss), epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl (one JSON object per line) and,
-if matplotlib is installed, curves.png. A run that is resumed, at whatever step it was stopped, computes bit
-for bit what it would have computed: what happens at a step depends on the seed, the step and last.pt alone.
+if matplotlib is installed, curves.png.
 
-Run.train, near the end, tells the story; the parts it names come before it. Left out: models too large for
-one GPU.
+A run that is stopped and resumed computes what it would have computed otherwise (on a CPU bit for bit): what
+happens at a step depends on the seed, the step and last.pt alone. Left out: models too large for one GPU.
 """
 
 import argparse
@@ -19,256 +18,98 @@ import ctypes
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 import weakref
-import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt import GPT, MODELS, ModelError, load_checkpoint, save_checkpoint
-from prepare import Parser, UserError, count, number, one_line_errors, positive, seed_number
-from prepare import duration, get_tokenizer, load_meta, load_tokens
-from sample import DTYPES, choose_device, choose_dtype, complete, load_model, mixed_precision
-
-# Flags that override the sizes of --model.
-SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "n_embd": "width, C",
-         "block_size": "ids per sequence", "dropout": "share of activations zeroed in training"}
-
-# Defaults that a model has instead of those in make_parser.
-RECIPES = {
-    "nano": {"max_steps": 2600, "global_batch_size": 16, "batch_size": 8, "optimizer": "muon", "lr": 5e-3,
-             "warmup": 0.03, "eval_interval": 500, "eval_windows": 512, "log_interval": 50},
-}
-
-FINE_TUNING = {"epochs": 3, "lr": 5e-5}     # the defaults of --init
-
-USUAL_IDS_PER_STEP = {"nano": 2 ** 11, "gpt2-92m": 2 ** 14}     # others: 2^19, half a million
-MANY_EPOCHS = 40        # beyond about so many, data is worth little (Muennighoff et al. 2023)
-PATIENCE = timedelta(minutes=10)    # how long a rank waits for another, before it gives up
-SKIPS_IN_A_ROW = 20                 # how many float16 steps may be skipped before the run ends
+from gpt import DTYPES, GPT, MODELS, ModelError, choose_device, choose_dtype, load_checkpoint, mixed_precision
+from gpt import save_checkpoint
+from prepare import Parser, UserError, checked, duration, get_tokenizer, load_meta, load_tokens
+from prepare import one_line_errors, positive_float, positive_int, seed_int
+from sample import complete, load_model
 
 
-# ------------------------------------------------------------------------------------------------ world
+# --------------------------------------------------------------------- the order of the data
 
-class World:
-    """The processes that train together. This one is number `rank` of `size`, and computes on `device`.
-
-    All communication between them happens here. A single process is a world of size 1: it takes the same path
-    and has nobody to talk to. Used in a `with` statement, it is left by all ranks together; if one fails, the
-    others end with a UserError that names it. Raises UserError if there are more processes than GPUs.
-    """
-
-    def __init__(self, device):
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.job = os.environ.get("TORCHELASTIC_RUN_ID", "none")    # the same when torchrun restarts us
-        self.device = device
-        if device.type == "cuda":
-            gpu = int(os.environ["LOCAL_RANK"]) if self.size > 1 else device.index or 0
-            if gpu >= torch.cuda.device_count():
-                raise UserError(f"there are only {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-            self.device = torch.device("cuda", gpu)
-            torch.cuda.set_device(self.device)
-        if device.type == "mps" and self.size > 1:
-            raise UserError("several processes cannot share an Apple GPU: leave out torchrun")
-        if self.size > 1:
-            # All ranks can read and write the strings in this store. If it is torchrun's, they outlive the
-            # ranks, and those that it starts again must not find the old ones.
-            self.store, _, _ = next(dist.rendezvous("env://"))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                self.store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], self.store)
-            dist.init_process_group(        # gloo adds up numbers on CPUs, nccl gradients on GPUs
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self.store, timeout=PATIENCE,
-                rank=self.rank, world_size=self.size)
-        self.tensors = weakref.WeakSet()    # a thread of gloo holds each, until just after its sum is known
-        self.asked, self.calls, self.interval = time.perf_counter(), 0, 1      # see agree
-
-    def wrap(self, model, rehearse):
-        """Returns a wrapper of the model that leaves each rank with the mean gradient of all ranks."""
-        if self.size == 1:
-            return model
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # After its first backward pass, DDP rearranges the gradients, and three or more ranks then add them
-        # up in another order. That must not distinguish a resumed run: so the first is a rehearsal.
-        rehearse(net)
-        return net
-
-    def sum(self, *numbers):
-        """Returns a list: each number, summed over all ranks."""
-        tensor = torch.tensor(numbers, dtype=torch.float64)
-        if self.size > 1:
-            self.tensors.add(tensor)
-            dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    def agree(self, flag):
-        """Returns whether the flag is true on any rank; all get the same answer. It is to be called at each
-        step. As asking takes a millisecond or two, they do so twice a second, and in between the answer is
-        False."""
-        if self.size == 1:
-            return flag
-        self.calls += 1
-        if self.calls < self.interval:
-            return False
-        flags, seconds = self.sum(flag, time.perf_counter() - self.asked)
-        self.interval = max(1, int(self.calls * 0.5 * self.size / seconds))
-        self.calls, self.asked = 0, time.perf_counter()
-        return flags > 0
-
-    def print(self, *words):
-        with suppress(OSError):     # whoever read this may have gone, but the run goes on
-            if self.rank == 0:
-                print(*words, flush=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if self.size > 1 and error is None:
-            try:
-                dist.barrier()
-                while self.tensors:     # Python must not end before they are free: it would crash
-                    time.sleep(0.001)
-                dist.destroy_process_group()
-            except RuntimeError as lost:
-                self.explain(lost)
-                raise
-        elif self.size > 1 and isinstance(error, Exception):
-            self.explain(error)
-
-    def explain(self, error):
-        """Tells the other ranks why this one fails. If it fails because they do, or because of a mistake of
-        the user's, raises UserError, which says which rank it was and why."""
-        lost_another = isinstance(error, dist.DistError) or (
-            isinstance(error, RuntimeError) and "gloo/" in str(error))
-        reason = "" if lost_another else f"{type(error).__name__}: {error}".splitlines()[0]
-        with suppress(RuntimeError):        # from here on, nothing is certain to work
-            self.store.set(f"rank {self.rank}", reason)
-        if isinstance(error, (UserError, ModelError, OSError)):
-            raise UserError(f"rank {self.rank}: {error}") from error
-        if lost_another:
-            culprits = []
-            patience = time.monotonic() + 5     # the others need a moment to notice
-            with suppress(RuntimeError):
-                for rank in range(self.size):
-                    while not (told := self.store.check([f"rank {rank}"])) and time.monotonic() < patience:
-                        time.sleep(0.1)
-                    if not told:
-                        culprits.append(f"rank {rank} does not answer: it was killed, or hangs")
-                    elif reason := self.store.get(f"rank {rank}").decode():
-                        culprits.append(f"rank {rank} failed: {reason}")
-            raise UserError("; ".join(culprits) or f"rank {self.rank} lost its connection") from error
-
-
-# ------------------------------------------------------------------------------------------------- data
-
-class Windows:
-    """Token ids as overlapping windows of block_size + 1 ids, one starting every `stride` ids: all but the
-    last are the inputs, all but the first the targets."""
+class Sequences:
+    """Tokens as sequences of block_size + 1, one starting every `stride` tokens. All but the last are inputs,
+    all but the first are targets: at each position, the target is the token that comes next. So one sequence
+    is block_size exercises at once, each with a context of another length."""
 
     def __init__(self, tokens, block_size, stride, vocab_size):
-        self.tokens, self.vocab_size = tokens, vocab_size
-        self.block_size, self.stride = block_size, stride
+        self.tokens, self.block_size, self.stride, self.vocab_size = tokens, block_size, stride, vocab_size
 
     def __len__(self):
         return (len(self.tokens) - 1 - self.block_size) // self.stride + 1
 
-    def read(self, indices):
-        """Returns the ids of these windows, (len(indices), block_size + 1), uint16. Raises UserError if an id
-        is outside the vocabulary."""
+    def read(self, indices, device):
+        """Returns (inputs, targets) of these sequences, two int64 tensors (len(indices), block_size)."""
         starts = np.asarray(indices, dtype=np.int64) * self.stride
-        ids = self.tokens[starts[:, None] + np.arange(self.block_size + 1)]
-        if ids.max() >= self.vocab_size:
-            raise UserError(f"the data is damaged: it contains id {ids.max()}, but its vocabulary ends at "
-                            f"{self.vocab_size - 1}: run prepare.py again")
-        return ids
+        ids = self.tokens[starts[:, None] + np.arange(self.block_size + 1)]     # (B, T + 1)
+        check_tokens(ids, self.vocab_size)
+        ids = torch.from_numpy(ids.astype(np.int64)).to(device)
+        return ids[:, :-1], ids[:, 1:]
 
 
-def inputs_and_targets(ids, device):
-    """ids (B, T + 1), a NumPy array -> two int64 tensors (B, T) on the device: all but the last of each row,
-    and all but the first."""
-    ids = torch.from_numpy(ids.astype(np.int64))
-    if device.type == "cuda":
-        ids = ids.pin_memory()      # so that the copy need not wait for the GPU
-    ids = ids.to(device, non_blocking=True)
-    return ids[:, :-1], ids[:, 1:]
-
-
-def shuffled(places, n, seed):
-    """Returns which of n windows is at each of these places in the order of training. Epoch e is places e * n
-    to (e + 1) * n - 1 and contains every window once, in an order of its own.
-
-    Nothing is stored and no place depends on another: a generalized Feistel network permutes the cells of a
-    table with hardly more than n cells, and from a cell that is not one of the first n it goes on to the next
-    until it is (Black and Rogaway 2002).
-    """
-    rows = np.uint64(math.isqrt(n - 1) + 1)
-    columns = (np.uint64(n) + rows - np.uint64(1)) // rows
-    epoch, window = np.divmod(np.asarray(places, dtype=np.uint64), np.uint64(n))
-    key = mix(epoch + mix(np.full_like(epoch, seed)))
-    walking = np.full(window.shape, True)
-    while walking.any():
-        row, column = np.divmod(window, columns)
-        for layer in range(3):      # each depends on the other, and moves round by so much
-            row = (row + mix(column + key + np.uint64(2 * layer << 40)) % rows) % rows
-            column = (column + mix(row + key + np.uint64(2 * layer + 1 << 40)) % columns) % columns
-        window = np.where(walking, row * columns + column, window)
-        walking = window >= n
-    return window.astype(np.int64)
-
-
-def mix(x):
-    """Hashes uint64s: every bit of x changes about half of the bits of the result (from SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+@lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    """The order in which an epoch reads n sequences, each of them once: a permutation that depends on nothing
+    but seed and epoch. It takes 4 bytes a sequence."""
+    order = np.arange(n, dtype=np.uint32)
+    np.random.default_rng((seed, epoch)).shuffle(order)
+    return order
 
 
 class Batches:
-    """batches(place) returns what this rank reads of the global batch that begins at that place in the order
-    of training, as a list of micro-batches.
+    """batches(offset) returns this rank's share of the global batch at this offset in the order of training:
+    a list of micro-batches (inputs, targets).
+    With n = 10 sequences and 4 of them a step, step 2 (from 0) reads offsets 8 to 11: the last two sequences
+    of epoch 0 and the first two of epoch 1. Ranks and micro-batches only slice this global batch: one rank
+    with four micro-batches reads what four ranks with one each do. All micro-batches are of one size, the
+    largest that batch_size allows."""
 
-    The global batch depends on nothing but the seed and the place. Ranks and micro-batches are slices of it:
-    four processes with one micro-batch each and one process with four see the same ids. A micro-batch is as
-    large as batch_size allows for all to be equal. Raises UserError if the ranks' shares would not be equal.
-    """
-
-    def __init__(self, windows, global_batch_size, batch_size, seed, world):
-        self.windows, self.seed, self.world = windows, seed, world
-        self.share, rest = divmod(global_batch_size, world.size)
-        if rest:
-            raise UserError(f"--global_batch_size {global_batch_size} is not a multiple of {world.size}, the "
-                            "number of processes: change one of them")
+    def __init__(self, sequences, global_batch_size, batch_size, seed, world):
+        self.sequences, self.seed, self.world = sequences, seed, world
+        self.share = global_batch_size // world.size
         sizes = range(1, min(batch_size, self.share) + 1)
         self.micro_batch_size = max(size for size in sizes if self.share % size == 0)
 
-    def __call__(self, place):
-        """Returns [(inputs, targets), ...], each (micro_batch_size, block_size), and a checksum of their ids:
-        the ranks' checksums add up to the same sum, however many ranks there are."""
-        first = place + self.world.rank * self.share
-        indices = shuffled(range(first, first + self.share), len(self.windows), self.seed)
-        micro_batches, checksum = [], 0
-        for start in range(0, self.share, self.micro_batch_size):
-            ids = self.windows.read(indices[start:start + self.micro_batch_size])
-            checksum += sum(zlib.crc32(window, place) for window in ids)
-            micro_batches.append(inputs_and_targets(ids, self.world.device))
-        return micro_batches, checksum
+    def __call__(self, offset):
+        indices = self.indices(offset + self.world.rank * self.share, self.share)
+        return [self.sequences.read(indices[start:start + self.micro_batch_size], self.world.device)
+                for start in range(0, self.share, self.micro_batch_size)]
+
+    def indices(self, offset, count):
+        """The sequences at offsets offset to offset + count - 1, which may lie in several epochs."""
+        parts = [np.empty(0, dtype=np.uint32)]
+        while count > 0:
+            epoch, start = divmod(offset, len(self.sequences))
+            parts.append(epoch_order(len(self.sequences), self.seed, epoch)[start:start + count])
+            offset, count = offset + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
 
 
-# ----------------------------------------------------------------------------------------- optimization
+# ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup_steps, peak, low, schedule):
-    """Rises linearly to its peak at step warmup_steps, then falls, linearly or like a cosine (Loshchilov and
-    Hutter 2016), towards `low`, which it would reach at total_steps, the step after the last."""
+    """The learning rate of a step, counted from 0. Warm-up: it rises linearly to its peak at step
+    warmup_steps, as the first gradients are large and soon point elsewhere. Then it falls, linearly or like a
+    cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983), so that the last, small steps can
+    settle. It would reach `low` at total_steps, one step after the last."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -276,101 +117,352 @@ def learning_rate(step, total_steps, warmup_steps, peak, low, schedule):
     return low + (peak - low) * left
 
 
-def make_optimizer(name, model, weight_decay, device):
-    """Returns AdamW (Loshchilov and Hutter 2017), with weight decay for matrices and not for the vectors:
-    biases and LayerNorms. If the name is muon, the matrices inside the blocks are left to Muon."""
+def make_optimizers(name, model, weight_decay, device, dtype):
+    """Returns [AdamW] or, for "muon", [AdamW, Muon], where Muon trains the matrices of the blocks and AdamW
+    everything else.
+
+    AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
+    gradient by its running root mean square: each weight moves by about the learning rate, however large its
+    gradient is. Weight decay also shrinks matrices a little at each step, so that they grow only where that
+    helps. Vectors, biases and LayerNorms, do not decay: there are few of them, and shrinking a LayerNorm's
+    weight to 0 would switch its channel off."""
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    in_blocks = [p for p in model.h.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() >= 2 and p not in set(in_blocks)]
-    groups = [{"params": in_blocks, "weight_decay": weight_decay, "muon": name == "muon"},
-              {"params": others, "weight_decay": weight_decay, "muon": False},
-              {"params": vectors, "weight_decay": 0.0, "muon": False}]
-    kind = Muon if name == "muon" else torch.optim.AdamW
-    return kind(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    in_blocks = {p for p in model.h.parameters() if p.dim() >= 2} if name == "muon" else set()
+    groups = [{"params": [p for p in matrices if p not in in_blocks], "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    muon = [Muon([p for p in matrices if p in in_blocks], weight_decay, dtype)] if in_blocks else []
+    return [adamw, *muon]
 
 
-class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for groups with "muon", AdamW for the others. Muon moves a matrix by its mean
-    gradient, made orthogonal: so it learns at the same speed in all directions, not only the steepest."""
-    MOMENTUM = 0.95
-    RMS = 0.2       # of an update's entries, about as in AdamW, so that both share learning rates (Liu 2025)
+class Muon(torch.optim.Optimizer):
+    """Moves a matrix by the running mean of its gradient, made orthogonal (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon). In a gradient U S V^T, a few directions have large singular
+    values S and dominate. U V^T sets all of them to 1, so the weak directions learn as fast as the strong."""
+
+    def __init__(self, matrices, weight_decay, dtype):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for weight in group["params"] if group["muon"] else []:
-                by_shape.setdefault(weight.shape, []).append(weight)
-            for shape, weights in by_shape.items():
-                updates = orthogonal(torch.stack([self.averaged_gradient(weight) for weight in weights]))
-                size = group["lr"] * self.RMS * math.sqrt(max(shape))
-                for weight, update in zip(weights, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(size * update)
-                    weight.grad = None      # so that AdamW passes it over
-        super().step()
+            by_shape = {}       # batch matrices of the same shape
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in by_shape.items():
+                means = torch.stack([self.mean_gradient(matrix, group["momentum"]) for matrix in matrices])
+                # Entries of root mean square 0.2, as AdamW's have, so that both can share a learning rate
+                # (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+                size = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for matrix, update in zip(matrices, orthogonalize(means.to(self.dtype)), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
 
-    def averaged_gradient(self, weight):
-        """Returns the running mean of the gradient, with Nesterov's look ahead."""
-        state = self.state[weight]
+    def mean_gradient(self, matrix, momentum):
+        """The running mean of the gradient, with Nesterov's look ahead."""
+        state = self.state[matrix]
         if not state:
-            state["momentum"] = torch.zeros_like(weight)
-            state["step"] = torch.zeros(())     # AdamW looks for it when a state is loaded
-        mean = state["momentum"].lerp_(weight.grad, 1 - self.MOMENTUM)
-        return weight.grad.lerp(mean, self.MOMENTUM)
+            state["mean"] = torch.zeros_like(matrix)
+        state["mean"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(state["mean"], momentum)
 
 
-def orthogonal(x):
-    """x (N, rows, columns) -> for each matrix U S V^T about U V^T: five Newton-Schulz iterations, with the
-    coefficients of Jordan et al., which bring singular values quickly to between 0.7 and 1.2."""
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):      # x becomes a x + (b s + c s s) x, where s = x x^T
+def orthogonalize(x):
+    """x (N, rows, columns) -> for each matrix U S V^T about U V^T, by five Newton-Schulz iterations. An odd
+    polynomial of a matrix applies to each singular value; this one pushes them all to between 0.7 and 1.2."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT       # s below is smaller this way
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)       # now no singular value is above 1
+    for _ in range(5):
         s = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    return x
 
 
-def update(net, optimizer, scaler, autocast, micro_batches, lr, grad_clip):
-    """Takes one step of the optimizer, on the mean gradient of all micro-batches and ranks, if it is finite.
-    Returns this rank's mean loss and the norm of the gradient before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    mean_loss = 0
+# --------------------------------------------------------------------------------- one step
+
+def backward(model, micro_batches, scaler, autocast):
+    """Adds to each weight's .grad the gradient of the mean loss over all micro-batches and ranks. Returns
+    this rank's mean loss.
+
+    With several ranks, model is wrapped in DDP, which averages the gradients of all ranks in the last
+    backward pass. All start with the weights of rank 0, which DDP copies, and all take the same step from the
+    same gradient: so their weights stay equal.
+
+    Autocast runs matmuls in bfloat16 or float16, several times as fast. The smallest float16 above 0 is 6e-8,
+    and many gradients are smaller: so the scaler multiplies the loss, and with it all gradients, by a large
+    number, the loss scale. update divides it out again."""
+    mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
-        # Only the last backward pass exchanges gradients. DDP reads this in the forward pass, too.
-        net.require_backward_grad_sync = i == len(micro_batches)
+        model.require_backward_grad_sync = i == len(micro_batches)      # only DDP reads this, in forward too
         with autocast:
-            loss = net(inputs, targets) / len(micro_batches)    # gradients add up, but we want their mean
-        scaler.scale(loss).backward()       # scaled up, small gradients survive float16
+            loss = model(inputs, targets) / len(micro_batches)          # gradients add up; we want the mean
+        scaler.scale(loss).backward()
         mean_loss += loss.detach()
-    scaler.unscale_(optimizer)              # clipping needs the true gradients
-    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip).item()
-    if math.isfinite(grad_norm):
-        with autocast:                      # for the matrix products of Muon
-            scaler.step(optimizer)
-    scaler.update()                         # lowers the scale after a skipped step, raises it now and then
-    optimizer.zero_grad()
-    return mean_loss.item(), grad_norm
+    return mean_loss.item()
 
+
+def update(model, optimizers, scaler, loss, lr, grad_clip):
+    """Takes a step of the optimizers, unless the loss or a gradient is not finite: one such step would ruin
+    all weights. Returns the norm of the gradient, and whether the step was taken. A norm above grad_clip is
+    scaled down to it, so that one odd batch cannot do much harm."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    scaler.update()     # halves the loss scale if gradients overflowed, doubles it after 2,000 steps without
+    return grad_norm, finite
+
+
+# -------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def first_not_finite(model, micro_batches, autocast):
-    """Returns the name of the first module whose output on these is not finite, or None."""
-    found = []
+def evaluate(model, sequences, count, batch_size, autocast, world):
+    """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same, and its
+    standard error. Each rank evaluates a share of them."""
+    chosen = np.arange(count) * len(sequences) // count
+    share = chosen[world.rank::world.size]
+    total = squares = batches = 0
+    for start in range(0, len(share), batch_size):
+        indices = share[start:start + batch_size]
+        with autocast:
+            loss = model(*sequences.read(indices, world.device)).item()
+        total, squares, batches = total + len(indices) * loss, squares + len(indices) * loss ** 2, batches + 1
+    total, squares, batches = world.sum(total, squares, batches)
+    return total / count, standard_error(total, squares, batches, count)
 
-    def look_at(module, inputs, output):
-        if not output.isfinite().all():
-            found.append(names[module])
 
-    names = {module: name or "the whole model" for name, module in model.named_modules()}
-    hooks = [module.register_forward_hook(look_at) for module in names]
-    with autocast:
-        for inputs, targets in micro_batches:
-            model(inputs, targets)
-    for hook in hooks:
-        hook.remove()
-    return found[0] if found else None
+def evaluate_and_save(run):
+    """Logs the validation loss, keeps the weights if it is the lowest so far, and shows a sample."""
+    save(run, "last.pt")    # evaluation is slow and might be interrupted, so save first
+    run.model.eval()
+    count = min(run.args.eval_sequences or math.inf, len(run.val_sequences))
+    loss, error = evaluate(run.model, run.val_sequences, count, run.args.eval_batch_size, run.autocast,
+                           run.world)
+    # Bits per byte compare models whose tokens are of different lengths: a nat is 1 / ln 2 bits.
+    bits_per_byte = loss / math.log(2) * run.data["val"]["tokens"] / max(1, run.data["val"]["bytes"])
+    run.log.validation(run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
+    if loss < run.state.best_val_loss:
+        run.state.best_val_loss = loss
+        save(run, "best.pt")
+    show_sample_and_curves(run)
+    run.log.restart_clock(run.state.step)
+    run.model.train()
+
+
+# ---------------------------------------------------------------------------------- the loop
+
+@dataclass
+class State:
+    """Where a run is: with the weights, the optimizers and the loss scale, all that last.pt has to save."""
+    step: int = 0                       # steps taken
+    offset: int = 0                     # sequences read: where the next step begins in the order of training
+    skipped: int = 0                    # steps in a row that were not taken, as something was not finite
+    best_val_loss: float = math.inf     # the lowest so far
+
+
+@dataclass
+class Run:
+    """The parts of a run. Training changes the first four."""
+    model: GPT
+    optimizers: list
+    scaler: torch.amp.GradScaler        # disabled unless float16
+    state: State
+    args: argparse.Namespace            # the flags
+    world: object                       # the ranks
+    data: dict                          # meta.json of the data folder
+    batches: Batches
+    val_sequences: Sequences
+    autocast: object
+    total_steps: int = 0
+    warmup_steps: int = 0
+    wrapped_model: object = None        # model as it is trained, maybe compiled and in DDP
+    log: object = None
+
+
+def train(run, told_to_stop):
+    """The training loop, from run.state to run.total_steps or until one of the ranks is told to stop."""
+    args, world, state = run.args, run.world, run.state
+    while True:
+        if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
+            evaluate_and_save(run)
+        if state.step >= run.total_steps:
+            break
+        lr = learning_rate(state.step, run.total_steps, run.warmup_steps, args.lr, args.min_lr, args.schedule)
+        seed_dropout(args.seed, state.step, world.rank)
+        loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
+        # One exchange: the mean loss of all ranks, and whether any of them is told to stop.
+        loss, stop = world.sum(loss / world.size, told_to_stop())
+        grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
+        state.skipped = 0 if taken else state.skipped + 1
+        check_finite(run, loss, grad_norm, lr)
+        state.step += 1
+        state.offset += args.global_batch_size
+        if state.step == 1 or state.step % args.log_interval == 0:
+            run.log.training(state.step, epoch=state.offset / len(run.batches.sequences), loss=loss, lr=lr,
+                             grad_norm=grad_norm, loss_scale=run.scaler.get_scale())
+        if epoch := epoch_to_keep(state.offset, args.global_batch_size, len(run.batches.sequences),
+                                  args.keep_epochs):
+            save(run, f"epoch_{epoch:04}.pt")
+        if stop:
+            break
+    save(run, "last.pt")    # again, as the last evaluation may have changed best_val_loss
+    if state.step < run.total_steps:
+        world.print(f"stopped after step {state.step:,} of {run.total_steps:,} and saved: the same command "
+                    "with --resume continues")
+
+
+# ================================================================================== plumbing
+# A first reading may stop here: the training above is complete. Below: processes, stopping and resuming, how
+# a run is set up, its log and curves, and its flags.
+
+SKIPS_IN_A_ROW = 20                     # float16 steps that may be skipped before the run ends
+MANY_EPOCHS = 40                        # beyond this, data is worth little (Muennighoff et al. 2023)
+PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before it gives up
+
+# Defaults of a model, or of --init. parse_args puts them between the parser's and the flags that are given.
+RECIPES = {
+    "nano": {"max_steps": 2600, "global_batch_size": 16, "batch_size": 8, "optimizer": "muon", "lr": 5e-3,
+             "warmup": 0.03, "eval_interval": 500, "eval_sequences": 512, "log_interval": 50},
+    "init": {"epochs": 3.0, "lr": 5e-5},
+    "other": {"epochs": 20.0},
+}
+
+# Flags that override the sizes of --model.
+SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "n_embd": "width, C",
+         "block_size": "tokens per sequence", "dropout": "share of activations zeroed in training"}
+
+
+# --------------------------------------------------------------------- processes and signals
+
+class World:
+    """The processes that train together, and all their communication. This one is number `rank` of `size`,
+    and computes on `device`; a single one is a world of size 1. Raises UserError if there are too few
+    GPUs."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.device, self.sums = device, weakref.WeakSet()
+        if device.type == "mps" and self.size > 1:
+            raise UserError("several processes cannot share an Apple GPU: leave out torchrun")
+        if device.type == "cuda":
+            gpu = int(os.environ["LOCAL_RANK"]) if self.size > 1 else device.index or 0
+            if gpu >= torch.cuda.device_count():
+                raise UserError(f"there are only {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+            self.device = torch.device("cuda", gpu)
+            torch.cuda.set_device(self.device)
+        if self.size > 1:       # gloo adds up numbers on CPUs, nccl gradients on GPUs
+            store, _, _ = next(dist.rendezvous("env://"))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # it outlives ranks that restart
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
+                                    rank=self.rank, world_size=self.size, timeout=PATIENCE)
+
+    def wrap(self, model, example, autocast):
+        """Returns the model to train: with several ranks, DDP, which averages their gradients in backward."""
+        if self.size == 1:
+            return model
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # After its first backward pass, DDP puts the gradients into another order, in which three or more
+        # ranks round their sums differently. A resumed run would do so at another step; so each begins with a
+        # pass.
+        with autocast:
+            loss = wrapped(*example)
+        loss.backward()
+        wrapped.zero_grad()
+        return wrapped
+
+    def sum(self, *numbers):
+        """Returns a list: each number, summed over all ranks."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            self.sums.add(tensor)
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def print(self, text):
+        if self.rank == 0:
+            with suppress(OSError):     # whoever read this may have gone, but the run continues
+                print(text, flush=True)
+
+    def close(self):
+        if self.size > 1:
+            for _ in range(1000):       # Python crashes if a thread of gloo still holds a sum when it ends
+                time.sleep(0.001 if self.sums else 0)
+            dist.destroy_process_group()
+
+
+@contextmanager
+def stop_signal():
+    """Gives a function that says whether Ctrl-C or SIGTERM has come, so that a run can stop cleanly. A second
+    Ctrl-C is a KeyboardInterrupt, as usual."""
+    received = []
+
+    def receive(name, frame):
+        received.append(name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):     # not print, which the signal may have interrupted
+                os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
+
+    handlers = {name: signal.signal(name, receive) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+# -------------------------------------------------------------------------------- safeguards
+
+def check_finite(run, loss, grad_norm, lr):
+    """Raises UserError if the last step was not taken; in float16, where each such step lowers the loss
+    scale, only after many in a row."""
+    if run.state.skipped >= (SKIPS_IN_A_ROW if run.scaler.is_enabled() else 1):
+        raise UserError(
+            f"step {run.state.step + 1:,} has loss {loss:g} and a gradient of norm {grad_norm:g} at learning "
+            f"rate {lr:.3g} and loss scale {run.scaler.get_scale():g}: return to the last checkpoint with "
+            "--resume and a lower --lr")
+
+
+def check_tokens(ids, vocab_size):
+    if ids.max() >= vocab_size:
+        raise UserError(f"the data is damaged: it contains token {ids.max()}, but its vocabulary ends at "
+                        f"{vocab_size - 1}: run prepare.py again")
+
+
+@contextmanager
+def cannot_write(path):
+    """Turns an OSError into a UserError that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): fix that, or choose another --out; what "
+                        "was saved before can be resumed") from error
+
+
+def standard_error(total, squares, batches, count):
+    """The standard error of a mean loss over `count` sequences, from the sums over batches of size * loss and
+    size * loss^2. Returns None if there is one batch.
+
+    The mean of a batch varies by variance / size, where variance is that of one sequence's loss. So the sum
+    of size * (loss - mean)^2 over all batches estimates (batches - 1) * variance."""
+    if batches == 1:
+        return None
+    variance = max(0.0, squares - total ** 2 / count) / (batches - 1)
+    return math.sqrt(variance / count)
+
+
+def seed_dropout(seed, step, rank):
+    """Makes dropout depend on nothing but these three, in particular not on what this process did before."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
 def keep_freed_memory():
@@ -384,635 +476,397 @@ def keep_freed_memory():
 
 def peak_memory(device):
     """Returns the most memory in bytes that this process has held so far: tensors on a GPU, all of it on a
-    CPU. On Windows, where it cannot be told, returns 0."""
+    CPU with Linux. Elsewhere returns 0."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "darwin":
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with suppress(OSError, ValueError):     # Linux, where getrusage would count the process that started this
+    with suppress(OSError, ValueError):
         words = Path("/proc/self/status").read_text().split()
         return 1024 * int(words[words.index("VmHWM:") + 1])
     return 0
 
 
-def seed_dropout(seed, step, rank):
-    """Makes dropout depend on nothing but these three, in particular not on what this process did before."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+# ------------------------------------------------------------------------------------- a run
+
+def save(run, name):
+    """Writes a checkpoint. last.pt gets all that a resumed run needs."""
+    meta = {"args": vars(run.args), "identity": identity(run), "data": run.data, **asdict(run.state)}
+    if name == "last.pt":
+        meta["optimizers"] = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
+        meta["scaler"], meta["processes"] = run.scaler.state_dict(), run.world.size
+    if run.world.rank == 0:
+        path = Path(run.args.out, name)
+        with cannot_write(path):
+            save_checkpoint(path, run.model, meta)
 
 
-@torch.no_grad()
-def evaluate(model, windows, n_windows, batch_size, autocast, world, told_to_stop):
-    """Returns the mean loss, in nats per id, over n_windows evenly spaced windows, and its standard error
-    (None if there is only one batch). Each rank evaluates a share of the windows. If a rank is told to stop
-    meanwhile, all of them return None instead."""
-    chosen = np.arange(n_windows) * len(windows) // n_windows
-    mine = chosen[world.rank::world.size]
-    seen = total = squares = batches = 0
-    for start in range(0, len(mine), batch_size):
-        if told_to_stop():
-            break
-        indices = mine[start:start + batch_size]
-        with autocast:
-            loss = model(*inputs_and_targets(windows.read(indices), world.device)).item()
-        seen, batches = seen + len(indices), batches + 1
-        total, squares = total + len(indices) * loss, squares + len(indices) * loss ** 2
-    seen, total, squares, batches = world.sum(seen, total, squares, batches)
-    if seen < n_windows:
-        return None
-    mean = total / seen
-    if batches == 1:
-        return mean, None
-    # A batch's mean varies by variance / size around the mean, so the sum of size * (loss - mean)^2 over the
-    # batches estimates (batches - 1) * variance, where variance is that of a single window's loss.
-    variance = max(0.0, squares - seen * mean ** 2) / (batches - 1)
-    return mean, math.sqrt(variance / seen)
+def epoch_to_keep(offset, global_batch_size, n_sequences, keep_epochs):
+    """Returns the epoch, a multiple of keep_epochs, that the step up to this offset has completed, or 0."""
+    before, now = (at // n_sequences // keep_epochs * keep_epochs
+                   for at in (offset - global_batch_size, offset))
+    return now if now > before else 0
 
 
-# -------------------------------------------------------------------------------------------------- log
-
-class Log:
-    """Reports on a run: prints lines and appends objects to log.jsonl. Only rank 0 does so; what the others
-    write goes to the null device."""
-
-    def __init__(self, path, world, first_step, total_steps, ids_per_step, tracker=None):
-        self.world, self.first_step, self.total_steps = world, first_step, total_steps
-        self.ids_per_step, self.tracker = ids_per_step, tracker
-        self.path = path if world.rank == 0 else os.devnull
-        with cannot_write(self.path):
-            self.file = open(self.path, "ab+", buffering=0)
-            if self.file.tell() > 0:
-                self.file.seek(-1, os.SEEK_END)
-                if self.file.read(1) != b"\n":
-                    self.file.write(b"\n")      # the last row was cut short
-        self.started = time.perf_counter()
-        self.restart_clock(first_step)
-
-    def restart_clock(self, step):
-        """Tokens per second are counted from here, so that evaluations are not counted."""
-        self.clock_step, self.clock = step, time.perf_counter()
-
-    def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale, ids_hash):
-        now, memory = time.perf_counter(), peak_memory(self.world.device)
-        rate = (step - self.clock_step) * self.ids_per_step / (now - self.clock)
-        left = (now - self.started) / (step - self.first_step) * (self.total_steps - step)
-        self.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, loss_scale=loss_scale,
-                   tokens_per_second=rate, seconds=now - self.started, memory=memory,
-                   ids_hash=f"{int(ids_hash) % 2 ** 32:08x}")
-        scale = f" | loss scale {loss_scale:g}" if loss_scale != 1 else ""
-        held = f" | {memory / 1e9:.1f} GB" if memory else ""
-        self.world.print(f"step {step:,}/{self.total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | "
-                         f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s{held} | {duration(left)} left")
-        self.restart_clock(step)
-
-    def validation(self, step, *, val_loss, val_stderr, bits_per_byte):
-        self.write(step=step, val_loss=val_loss, val_stderr=val_stderr, bits_per_byte=bits_per_byte)
-        error = "" if val_stderr is None else f" ± {val_stderr:.4f}"
-        self.world.print(f"step {step:,}/{self.total_steps:,} | validation loss {val_loss:.4f}{error} | "
-                         f"{bits_per_byte:.3f} bits per byte")
-
-    def write(self, **values):
-        """Appends a row. JSON has no infinity and no NaN: they become null. Raises UserError if the disk is
-        full, for example."""
-        row = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in values.items()}
-        line = json.dumps(row).encode() + b"\n"
-        with cannot_write(self.path):
-            while line:     # a disk that is nearly full takes a part of it
-                line = line[self.file.write(line):]
-        if self.tracker:
-            self.tracker.log(row, step=row["step"])
+def set_up(args, world, saved):
+    """Returns the Run that the flags ask for, from its checkpoint, (model, meta), if there is one."""
+    data, dtype = load_meta(args.data), choose_dtype(args.dtype, world.device)
+    model = saved[0] if saved else load_initial(args.init, data) if args.init else None
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    config = MODELS[args.model] if args.model else model.config
+    config = replace(config, vocab_size=data["vocab_size"], **sizes)
+    if not saved:
+        torch.manual_seed(args.seed)
+        model = resized(model, config) if args.init else GPT(config)
+    model = model.to(world.device).train()
+    args.stride = args.stride or config.block_size
+    args.global_batch_size = args.global_batch_size or args.batch_size * world.size
+    if args.global_batch_size % world.size:
+        raise UserError(f"--global_batch_size {args.global_batch_size} is not a multiple of {world.size}, "
+                        "the number of processes: change one of them")
+    sequences = load_sequences(args.data, "train", config, args.stride)
+    batches = Batches(sequences, args.global_batch_size, args.batch_size, args.seed, world)
+    run = Run(model, make_optimizers(args.optimizer, model, args.weight_decay, world.device, dtype),
+              torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16), State(),
+              args, world, data, batches, load_sequences(args.data, "val", config, config.block_size),
+              mixed_precision(world.device, dtype))
+    if saved:
+        restore(run, config, saved[1])
+    if world.sum(run.state.step) != [run.state.step * world.size]:
+        raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
+    sequences_left = (args.epochs or 0) * len(sequences) - run.state.offset
+    run.total_steps = args.max_steps or run.state.step + max(
+        0, math.ceil(sequences_left / args.global_batch_size))
+    run.warmup_steps = round(args.warmup * run.total_steps)
+    example = torch.zeros(2, batches.micro_batch_size, config.block_size, dtype=torch.int64)
+    run.wrapped_model = world.wrap(
+        torch.compile(model) if args.compile else model, example.to(world.device), run.autocast)
+    return run
 
 
-def start_tracker(out, args):
-    """Returns a new run of Weights & Biases. Raises UserError if it cannot begin. Needs the package wandb."""
-    import wandb
-    try:
-        return wandb.init(project="smallgpt", name=out.name, config=vars(args), dir=out)
-    except wandb.Error as error:
-        raise UserError(f"--wandb fails ({error}): run wandb login, or set WANDB_MODE=offline") from error
-
-
-@contextmanager
-def cannot_write(path):
-    """Turns an OSError into a UserError that names the file and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): mend that, or choose another --out; what "
-                        "was saved before can be resumed") from error
-
-
-def read_log(path):
-    """Returns the rows of the last run in a log.jsonl: {step: row} of training, and of validation."""
-    training, validation = {}, {}       # a resumed run may have taken a step twice
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError, TypeError, KeyError):     # the run was killed while it wrote this line
-                row = json.loads(line)
-                if row["step"] == 1 and "loss" in row:      # a run starts; what came before was another
-                    training, validation = {}, {}
-                (training if "loss" in row else validation)[row["step"]] = row
-    return training, validation
-
-
-def draw_curves(log_paths, picture_path):
-    """Draws the losses, learning rates and, where there are any, loss scales of one or several runs. Needs
-    the package matplotlib."""
-    from matplotlib.figure import Figure
-
-    def column(rows, name):
-        return np.array([rows[step].get(name) for step in sorted(rows)], dtype=float)   # None becomes NaN
-
-    runs = {str(Path(path).parent).replace("$", r"\$"): read_log(path) for path in log_paths}
-    scaled = any(row.get("loss_scale", 1) != 1 for training, _ in runs.values() for row in training.values())
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    losses, rates, *scales = figure.subplots(2 + scaled, 1, sharex=True, height_ratios=[3, 1, 1][:2 + scaled])
-    for i, (name, (training, validation)) in enumerate(runs.items()):
-        steps, loss, colour = column(training, "step"), column(training, "loss"), f"C{i}"
-        width = 1 + len(steps) // 20
-        smooth = np.convolve(loss, np.ones(width) / width, "valid") if width <= len(steps) else loss
-        losses.plot(steps, loss, color=colour, linewidth=1, alpha=0.3)
-        losses.plot(steps[width // 2:][:len(smooth)], smooth, color=colour,
-                    label=f"{name}: training, smoothed")
-        losses.errorbar(column(validation, "step"), column(validation, "val_loss"),
-                        column(validation, "val_stderr"), color=colour, linestyle="--", marker=".", capsize=3,
-                        label=f"{name}: validation, ± standard error")
-        rates.plot(steps, column(training, "lr"), color=colour)
-        if scaled:
-            scales[0].semilogy(steps, column(training, "loss_scale"), color=colour, base=2)
-    losses.set(title="Loss", ylabel="nats per id")
-    losses.legend()
-    rates.set(ylabel="learning rate")
-    if scaled:
-        scales[0].set(ylabel="loss scale")
-    figure.axes[-1].set(xlabel="step")
-    figure.savefig(picture_path, dpi=120)
-
-
-# ------------------------------------------------------------------------------------- stop and resume
-
-class StopSignal:
-    """In a `with` statement, told_to_stop() is whether SIGTERM or Ctrl-C has come, or the time is up, so that
-    a run can end in good order. A second Ctrl-C is a KeyboardInterrupt, as usual."""
-
-    def __init__(self):
-        self.signalled, self.deadline = False, math.inf
-
-    def __call__(self):
-        return self.signalled or time.monotonic() > self.deadline
-
-    def allow(self, minutes):
-        self.deadline = time.monotonic() + 60 * minutes
-
-    def __enter__(self):
-        self.handlers = {name: signal.signal(name, self.receive) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for name, handler in self.handlers.items():
-            signal.signal(name, handler)
-
-    def receive(self, name, frame):
-        self.signalled = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with suppress(OSError):
-            if os.environ.get("RANK", "0") == "0":      # not print, which this may have interrupted
-                os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
-
-
-def find_checkpoint(path, resume, job):
-    """Returns the checkpoint to continue, (model, meta), or None for a new run. A job that torchrun restarts
-    after a failure continues its own. Raises UserError if a new run would overwrite steps of another."""
-    if not path.exists() and not resume:
-        return None
-    model, meta = load_checkpoint(path)
-    if not isinstance(meta.get("optimizer"), dict) or not isinstance(meta.get("args"), dict):
-        raise UserError(f"{path} cannot be resumed: it has weights, but not the state of an optimizer")
-    if resume or meta.get("job") == job != "none":
-        return model, meta
-    if meta.get("step") == 0:
-        return None         # it holds nothing that would be lost
-    raise UserError(f"{path} is from an earlier run: --resume continues it, another --out keeps it")
-
-
-def check_same_run(saved_config, meta, config, data, args):
-    """Raises UserError if a run would go on with another model, or other data, or in another order."""
-    def values(config, data, args):
-        counts = {f"{split}.{name}": data[split][name] for split in ("train", "val") for name in data[split]}
-        return {**asdict(config), "tokenizer": data["tokenizer"], **counts,
-                "stride": args["stride"], "seed": args["seed"], "optimizer": args["optimizer"]}
-
-    with cannot_resume():
-        before = values(saved_config, meta["data"], meta["args"])
-    for name, now in values(config, data, vars(args)).items():
-        then = before.get(name)
-        if str(now) != str(then):
-            raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
-
-
-@contextmanager
-def cannot_resume():
-    """Turns any exception into a UserError: what goes wrong while last.pt is used is the file's fault, unless
-    memory runs out."""
-    try:
-        yield
-    except (MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UserError("cannot resume: last.pt is damaged, or of another version") from error
+def load_initial(source, data):
+    model, tokenizer = load_model(source)
+    if tokenizer != data["tokenizer"]:
+        raise UserError(f"{source} needs the tokenizer {tokenizer}: run prepare.py again with --tokenizer "
+                        f"{tokenizer}")
+    return model
 
 
 def resized(model, config):
-    """Returns a model with the same weights and another config, which may have another dropout and a smaller
-    block_size. Raises UserError if they differ in more."""
-    if replace(model.config, block_size=config.block_size, dropout=config.dropout) != config:
-        raise UserError("--init has sizes of its own: leave out --n_layer, --n_head and --n_embd")
+    """Returns a model with the same weights, and with the dropout and the block_size of config. Raises
+    UserError if config has another size, or a longer block_size."""
+    longest = model.config.block_size
+    if replace(model.config, block_size=min(longest, config.block_size), dropout=config.dropout) != config:
+        raise UserError("--init has sizes of its own: leave out --n_layer, --n_head, --n_embd and a "
+                        f"--block_size above {longest:,}")
     weights = model.state_dict()
-    longest = len(weights["wpe.weight"])
-    if config.block_size > longest:
-        raise UserError(f"--init reads {longest:,} ids at most: lower --block_size {config.block_size:,}")
     weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
     model = GPT(config)
     model.load_state_dict(weights)
     return model
 
 
-# ------------------------------------------------------------------------------------------------ a run
+def load_sequences(folder, split, config, stride):
+    tokens = load_tokens(folder, split)
+    if len(tokens) < config.block_size + 1:
+        raise UserError(f"{folder}/{split}.bin has only {len(tokens):,} tokens and a sequence needs "
+                        f"{config.block_size + 1:,}: prepare more text, or lower --block_size")
+    return Sequences(tokens, config.block_size, stride, config.vocab_size)
 
-class Run:
-    """One run, set up from its flags, args. saved is None or the checkpoint to continue, (model, meta)."""
 
-    def __init__(self, args, world, told_to_stop, saved):
-        self.args, self.world, self.told_to_stop, self.out = args, world, told_to_stop, Path(args.out)
-        self.data = load_meta(args.data)
-        self.tokenizer = get_tokenizer(self.data["tokenizer"])
-        dtype = choose_dtype(args.dtype, world.device)
-        self.autocast = mixed_precision(world.device, dtype)
-        model, meta = saved or (self.load_initial() if args.init else None, None)
+def identity(run, config=None):
+    """What must not change when a run is resumed: the model, the data, and the order in which it is read."""
+    counts = {f"{split}.{name}": n for split in ("train", "val") for name, n in run.data[split].items()}
+    return {**asdict(config or run.model.config), "tokenizer": run.data["tokenizer"], **counts,
+            "stride": run.args.stride, "seed": run.args.seed, "optimizer": run.args.optimizer}
 
-        sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-        config = replace(model.config if args.init else MODELS[args.model],
-                         vocab_size=self.data["vocab_size"], **sizes)
-        # Kept in args, and so in checkpoints: a resumed run takes the same steps on any number of processes.
-        args.stride = args.stride or config.block_size
-        args.global_batch_size = args.global_batch_size or args.batch_size * world.size
-        self.windows = self.load_windows("train", config, args.stride)
-        self.val_windows = self.load_windows("val", config, config.block_size)      # each id once
-        self.batches = Batches(self.windows, args.global_batch_size, args.batch_size, args.seed, world)
 
-        if saved:
-            check_same_run(model.config, meta, config, self.data, args)
-        elif args.init:
-            model = resized(model, config)
-        else:
-            torch.manual_seed(args.seed)
-            model = GPT(config)
-        self.model = model.to(world.device).train()
-        self.optimizer = make_optimizer(args.optimizer, self.model, args.weight_decay, world.device)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-        self.step = 0                   # how many have been taken
-        self.windows_read = 0           # by all of them, so that the next one begins at that place
-        self.ids_hash = 0               # of all ids they read; to be summed over all ranks, modulo 2^32
-        self.skipped = 0                # how many of the last ones were skipped in a row
-        self.evaluated = 0              # the step of the last evaluation
-        self.best_val_loss = math.inf   # the lowest of any
-        self.stopping = False           # whether all ranks have agreed to stop early
-        if saved:
-            self.restore(meta)
-        self.check_ranks_agree()
+def restore(run, config, meta):
+    """Continues where a checkpoint ends. Raises UserError if it is of another run."""
+    for name, now in identity(run, config).items():
+        if (then := meta["identity"].get(name)) != now:
+            raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
+    for optimizer, state in zip(run.optimizers, meta["optimizers"], strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if run.scaler.is_enabled() and meta["scaler"]:
+        run.scaler.load_state_dict(meta["scaler"])
+    run.state = State(**{name: meta[name] for name in asdict(run.state)})
+    if meta["processes"] != run.world.size:
+        run.world.print(f"this run had {meta['processes']} processes, and now has {run.world.size}: its "
+                        "steps read the same tokens as before, and may differ in rounding")
 
-        self.ids_per_step = args.global_batch_size * config.block_size
-        windows_left = (args.epochs or 0) * len(self.windows) - self.windows_read
-        self.total_steps = args.max_steps or self.step + math.ceil(windows_left / args.global_batch_size)
-        self.warmup_steps = round(args.warmup * self.total_steps)
-        # The model as it is trained. To all else, in particular to checkpoints, it is self.model.
-        self.net = world.wrap(self.compile() if args.compile else self.model, self.rehearse)
-        self.describe(dtype)
 
-    def check_ranks_agree(self):
-        """Raises UserError unless all ranks are at the same step of the same run."""
-        found = [self.step, self.ids_hash]
-        if self.world.sum(*found) != [number * self.world.size for number in found]:
-            raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
-        if self.world.rank > 0:
-            self.ids_hash = 0       # rank 0 has that of all
-
-    def describe(self, dtype):
-        """Prints what this run will be, and warns of what is unusual."""
-        args, world, config = self.args, self.world, self.model.config
-        micro = self.batches.micro_batch_size
-        windows_left = (self.total_steps - self.step) * args.global_batch_size
-        epochs = (self.windows_read + windows_left) / len(self.windows)
-        flops = self.model.flops_per_id(config.block_size)
-        # last.pt has the weights and two averages of their gradients, twice while it is written.
-        copies = 2 * 3 + 1 + int(epochs) // args.keep_epochs
-        disk = 4 * self.model.num_params() * copies
-        world.print(
-            f"{self.model.num_params():,} parameters, {str(dtype).removeprefix('torch.')}; {args.data}: "
-            f"{len(self.windows):,} windows of {config.block_size} ids\n"
-            f"each step: {world.size} processes x {self.batches.share // micro} micro-batches x {micro} "
-            f"windows = {self.ids_per_step:,} ids\n"
-            f"{self.total_steps:,} steps, {epochs:.2f} epochs"
-            + (f", {self.step:,} of them done" if self.step else "") +
-            f"; {flops:.2e} FLOPs per id, {flops * self.ids_per_step * self.total_steps:.2e} in all\n"
-            f"up to {disk / 1e9:,.2f} GB of checkpoints in {self.out}")
-        usual = USUAL_IDS_PER_STEP.get(args.model, 2 ** 19)
-        if args.model and not usual / 8 <= self.ids_per_step <= usual * 8:
-            world.print(f"warning: {args.model} is usually trained with about {usual:,} ids per step: change "
-                        "--global_batch_size, or --lr with it")
-        if self.step >= self.total_steps:
-            world.print("all steps are done: --max_steps or --epochs, with more of them, trains on")
-        if epochs > MANY_EPOCHS:
-            world.print(f"warning: the data will be seen {epochs:.0f} times, and after some {MANY_EPOCHS} it "
+def describe(run):
+    """Prints what this run will be, and warns of what is unusual."""
+    args, config, batches, done = run.args, run.model.config, run.batches, run.state.step
+    epochs = (run.state.offset + (run.total_steps - done) * args.global_batch_size) / len(batches.sequences)
+    flops = flops_per_token(run.model, config.block_size)
+    # last.pt has the weights and two averages of their gradients, and is there twice while it is written.
+    disk = 4 * run.model.num_params() * (2 * 3 + 1 + int(epochs) // args.keep_epochs)
+    run.world.print(
+        f"{run.model.num_params():,} parameters; {args.data}: {len(batches.sequences):,} sequences of "
+        f"{config.block_size} tokens\n"
+        f"each step: {run.world.size} processes x {batches.share // batches.micro_batch_size} micro-batches "
+        f"x {batches.micro_batch_size} sequences = {tokens_per_step(run):,} tokens\n"
+        f"{run.total_steps:,} steps, {epochs:.2f} epochs" + (f", {done:,} of them done" if done else "") +
+        f"; {flops:.2e} FLOPs per token, {flops * tokens_per_step(run) * run.total_steps:.2e} in all\n"
+        f"up to {disk / 1e9:,.2f} GB of checkpoints in {args.out}")
+    if done >= run.total_steps:
+        run.world.print("all steps are done: --max_steps or --epochs, with more of them, trains on")
+    if epochs > MANY_EPOCHS:
+        run.world.print(f"warning: the data will be seen {epochs:.0f} times, and after some {MANY_EPOCHS} it "
                         "teaches nothing new: prepare more, or lower --epochs or --max_steps")
 
-    def load_initial(self):
-        """Returns the model that --init names."""
-        model, tokenizer_name = load_model(self.args.init)
-        if tokenizer_name != self.data["tokenizer"]:
-            raise UserError(f"{self.args.init} needs the tokenizer {tokenizer_name}: run prepare.py again "
-                            f"with --tokenizer {tokenizer_name}")
-        return model
 
-    def load_windows(self, split, config, stride):
-        tokens = load_tokens(self.args.data, split)
-        if len(tokens) < config.block_size + 1:
-            raise UserError(f"{self.args.data}/{split}.bin has only {len(tokens):,} ids and a window needs "
-                            f"{config.block_size + 1:,}: prepare more text, or lower --block_size")
-        return Windows(tokens, config.block_size, stride, config.vocab_size)
-
-    def compile(self):
-        """Returns torch.compile(self.model), or if that does not work on all ranks, self.model."""
-        compiled, problem = torch.compile(self.model), ""
-        try:
-            self.rehearse(compiled)     # compiles
-        except Exception as error:
-            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if not any(self.world.sum(bool(problem))):
-            return compiled
-        self.world.print(f"training without --compile, which fails here ({problem or 'another rank'})")
-        return self.model
-
-    def rehearse(self, net):
-        """Goes through a step without taking it."""
-        [(inputs, targets), *_], _ = self.batches(self.windows_read)
-        with self.autocast:
-            loss = net(inputs, targets)
-        (0 * loss).backward()
-        net.zero_grad()
-
-    def try_out(self, n_steps=5):
-        """Takes a few steps and keeps nothing of them, to print what all steps would take."""
-        seconds = []
-        for _ in range(1 + n_steps):
-            started = time.perf_counter()
-            micro_batches, _ = self.batches(self.windows_read)
-            update(self.net, self.optimizer, self.scaler, self.autocast, micro_batches, 0.0,
-                   self.args.grad_clip)
-            seconds.append(time.perf_counter() - started)
-        step_seconds = sorted(seconds[1:])[n_steps // 2]        # in the first one, much is set up
-        left = duration(step_seconds * max(0, self.total_steps - self.step))
-        self.world.print(f"{self.ids_per_step / step_seconds:,.0f} tokens/s; {left} for all steps, without "
-                         f"evaluations; {peak_memory(self.world.device) / 1e9:.2f} GB in each process")
-
-    def train(self):
-        """Takes one step after another and evaluates now and then, to the last step or until told to stop."""
-        args, world = self.args, self.world
-        if world.rank == 0:
-            with cannot_write(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.out / "log.jsonl", world, self.step, self.total_steps, self.ids_per_step,
-                       start_tracker(self.out, args) if args.wandb and world.rank == 0 else None)
-        if self.step == 0:
-            self.save_last()        # a disk that is full or write-protected is better found out at once
-        while not self.stopping:
-            if self.evaluation_is_due():
-                self.evaluate_and_save()
-                continue
-            if self.step >= self.total_steps:
-                return
-            lr = learning_rate(
-                self.step, self.total_steps, self.warmup_steps, args.lr, args.min_lr, args.schedule)
-            seed_dropout(args.seed, self.step, world.rank)
-            micro_batches, checksum = self.batches(self.windows_read)
-            loss, grad_norm = update(self.net, self.optimizer, self.scaler, self.autocast, micro_batches, lr,
-                                     args.grad_clip)
-            self.check_finite(loss, grad_norm, lr, micro_batches)
-            self.step += 1
-            self.windows_read += args.global_batch_size
-            self.ids_hash = (self.ids_hash + checksum) % 2 ** 32
-            if self.step == 1 or self.step % args.log_interval == 0:
-                loss, ids_hash = world.sum(loss / world.size, self.ids_hash)
-                self.log.training(self.step, epoch=self.windows_read / len(self.windows), loss=loss, lr=lr,
-                                  grad_norm=grad_norm, loss_scale=self.scaler.get_scale(), ids_hash=ids_hash)
-            if epoch := self.epoch_to_keep():
-                self.save(f"epoch_{epoch:04}.pt")
-            self.stopping = world.agree(self.told_to_stop())
-        self.save_last()
-        world.print(f"stopped after step {self.step:,} of {self.total_steps:,} and saved: the same command "
-                    "with --resume goes on from there")
-
-    def check_finite(self, loss, grad_norm, lr, micro_batches):
-        """Raises UserError if the loss or the gradient is not finite. In float16, where such a gradient makes
-        the loss scale fall, it does so only when that has not helped many times in a row."""
-        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
-        if self.scaler.is_enabled():
-            fine = self.skipped < SKIPS_IN_A_ROW
-        else:
-            fine = math.isfinite(loss + grad_norm)
-        if fine:
-            return
-        seed_dropout(self.args.seed, self.step, self.world.rank)
-        module = first_not_finite(self.model, micro_batches, self.autocast)
-        where = f"not finite first in {module}" if module else "finite in all modules"
-        raise UserError(
-            f"step {self.step + 1:,} has loss {loss:g} and a gradient of norm {grad_norm:g} at learning rate "
-            f"{lr:.3g} and loss scale {self.scaler.get_scale():g}; computed again, outputs are {where}: "
-            "return to the last checkpoint with --resume and a lower --lr")
-
-    def evaluation_is_due(self):
-        """Whether the model has to be evaluated after the last step, and was not: also if an evaluation was
-        cut short when the run was stopped."""
-        due = self.step % self.args.eval_interval == 0 or self.step == self.total_steps
-        return due and self.evaluated < self.step
-
-    def evaluate_and_save(self):
-        """Measures the validation loss, saves checkpoints, shows how the model starts a document."""
-        self.model.eval()
-        n_windows = min(self.args.eval_windows or math.inf, len(self.val_windows))
-        result = evaluate(self.model, self.val_windows, n_windows, self.args.eval_batch_size, self.autocast,
-                          self.world, self.told_to_stop)
-        if result is None:
-            self.stopping = True
-            return
-        val_loss, val_stderr = result
-        if not math.isfinite(val_loss):
-            raise UserError(f"the validation loss after step {self.step:,} is {val_loss:g}: return to the "
-                            "last checkpoint with --resume and a lower --lr")
-        ids_per_byte = self.data["val"]["tokens"] / max(1, self.data["val"]["bytes"])
-        bits_per_byte = val_loss / math.log(2) * ids_per_byte
-        self.log.validation(self.step, val_loss=val_loss, val_stderr=val_stderr, bits_per_byte=bits_per_byte)
-        self.evaluated = self.step
-        if val_loss < self.best_val_loss:
-            self.best_val_loss = val_loss
-            self.save("best.pt")
-        self.save_last()
-        if self.world.rank == 0:
-            parts = complete(self.model, self.tokenizer, "", 150, temperature=0.8, top_k=50)
-            text = "".join(added for [added] in parts)
-            self.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
-            with suppress(ModuleNotFoundError):     # matplotlib is optional
-                draw_curves([self.out / "log.jsonl"], self.out / "curves.png")
-        self.model.train()
-        self.log.restart_clock(self.step)
-
-    def epoch_to_keep(self):
-        """Returns the epoch that the last step completed, if its weights are to be kept, otherwise 0."""
-        every = self.args.keep_epochs
-        before, now = (n // len(self.windows) // every * every
-                       for n in (self.windows_read - self.args.global_batch_size, self.windows_read))
-        return now if now > before else 0
-
-    def save_last(self):
-        """Writes last.pt, with all that restore needs."""
-        [ids_hash] = self.world.sum(self.ids_hash)
-        self.save("last.pt", processes=self.world.size, job=self.world.job, ids_hash=int(ids_hash),
-                  skipped=self.skipped, evaluated=self.evaluated, windows_read=self.windows_read,
-                  optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict())
-
-    def save(self, name, **more):
-        if self.world.rank == 0:
-            with cannot_write(self.out / name):
-                save_checkpoint(self.out / name, self.model, {
-                    "step": self.step, "best_val_loss": self.best_val_loss, "data": self.data,
-                    "args": vars(self.args), **more})
-
-    def restore(self, meta):
-        """Continues where a checkpoint ends. Raises UserError if it is damaged."""
-        with cannot_resume():
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": meta["optimizer"]})
-            for group in self.optimizer.param_groups:
-                for weight in set(group["params"]) & set(self.optimizer.state):
-                    for name in ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq"):
-                        if self.optimizer.state[weight][name].shape != weight.shape:
-                            raise ValueError("the state of the optimizer does not fit the weights")
-            if self.scaler.is_enabled() and meta["scaler"]:
-                varying = {name: meta["scaler"][name] for name in ("scale", "_growth_tracker")}
-                self.scaler.load_state_dict({**self.scaler.state_dict(), **varying})
-                self.scaler.scale(torch.zeros(1, device=self.world.device))     # fails if they are no numbers
-            for name in ("step", "windows_read", "ids_hash", "skipped", "evaluated"):
-                setattr(self, name, int(meta[name]))
-                if not 0 <= getattr(self, name) < 2 ** 62:
-                    raise ValueError(f"{name} cannot be {meta[name]}")
-            self.best_val_loss, processes = float(meta["best_val_loss"]), int(meta["processes"])
-        if processes != self.world.size:
-            self.world.print(f"this run had {processes} processes, and now has {self.world.size}: its steps "
-                             "read the same ids as before, and may differ in rounding")
+def tokens_per_step(run):
+    return run.args.global_batch_size * run.model.config.block_size
 
 
-# ------------------------------------------------------------------------------------------------- main
+def flops_per_token(model, length):
+    """Floating-point operations to train on one token of a sequence of this length: 6 for each weight it is
+    multiplied with (2 forward, 4 backward), and 12 * length * C for each layer's attention (Chowdhery et al.
+    2022, https://arxiv.org/abs/2204.02311, appendix B)."""
+    weights = sum(p.numel() for p in model.h.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
+    return 6 * weights + 12 * length * model.config.n_embd * model.config.n_layer
+
+
+def dry_run(run, n_steps=5):
+    """Takes a few steps at a learning rate of 0, and prints what all steps would take."""
+    seconds = []
+    for _ in range(1 + n_steps):
+        started = time.perf_counter()
+        loss = backward(run.wrapped_model, run.batches(run.state.offset), run.scaler, run.autocast)
+        update(run.model, run.optimizers, run.scaler, loss, 0.0, run.args.grad_clip)
+        seconds.append(time.perf_counter() - started)
+    step_seconds = sorted(seconds[1:])[n_steps // 2]        # in the first one, much is set up
+    left = duration(step_seconds * max(0, run.total_steps - run.state.step))
+    run.world.print(f"{tokens_per_step(run) / step_seconds:,.0f} tokens/s; {left} for all steps, without "
+                    f"evaluations; {peak_memory(run.world.device) / 1e9:.2f} GB in each process")
+
+
+# ---------------------------------------------------------------------------- log and curves
+
+class Log:
+    """Prints lines and appends rows, JSON objects, to log.jsonl, if this is rank 0. The first row says how
+    the run was made."""
+
+    def __init__(self, run):
+        self.run, self.path = run, Path(run.args.out, "log.jsonl")
+        self.tracker = start_tracker(run.args) if run.args.wandb and run.world.rank == 0 else None
+        if run.world.rank == 0:
+            with cannot_write(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+                    self.path.open("a").write("\n")     # a killed run left half a row
+        self.write(started_at_step=run.state.step, args=vars(run.args), commit=commit(),
+                   python=platform.python_version(), torch=torch.__version__)
+        self.first_step, self.started = run.state.step, time.perf_counter()
+        self.restart_clock(run.state.step)
+
+    def restart_clock(self, step):
+        """Tokens per second are counted from here, so that evaluations do not count."""
+        self.clock_step, self.clock = step, time.perf_counter()
+
+    def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale):
+        now, total_steps = time.perf_counter(), self.run.total_steps
+        memory = peak_memory(self.run.world.device)
+        rate = (step - self.clock_step) * tokens_per_step(self.run) / (now - self.clock)
+        left = (now - self.started) / (step - self.first_step) * (total_steps - step)
+        self.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, loss_scale=loss_scale,
+                   tokens_per_second=rate, seconds=now - self.started, memory=memory)
+        scale = f" | loss scale {loss_scale:g}" if loss_scale != 1 else ""
+        held = f" | {memory / 1e9:.1f} GB" if memory else ""
+        self.run.world.print(f"step {step:,}/{total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | "
+                             f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s{held} | {duration(left)} left")
+        self.restart_clock(step)
+
+    def validation(self, step, *, val_loss, val_stderr, bits_per_byte):
+        self.write(step=step, val_loss=val_loss, val_stderr=val_stderr, bits_per_byte=bits_per_byte)
+        error = "" if val_stderr is None else f" ± {val_stderr:.4f}"
+        self.run.world.print(f"step {step:,}/{self.run.total_steps:,} | validation loss "
+                             f"{val_loss:.4f}{error} | {bits_per_byte:.3f} bits per byte")
+
+    def write(self, **row):
+        """Appends a row. JSON has no infinity and no NaN: they become null."""
+        row = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in row.items()}
+        if self.run.world.rank == 0:
+            with cannot_write(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.tracker and "step" in row:
+            self.tracker.log(row, step=row["step"])
+
+
+def commit():
+    """Returns the commit of this code, with "-dirty" if it was changed since, or None outside of git."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def start_tracker(args):
+    """Returns a new run of Weights & Biases. Raises UserError if it cannot begin. Needs the package wandb."""
+    import wandb
+    try:
+        return wandb.init(project="smallgpt", name=Path(args.out).name, config=vars(args), dir=args.out)
+    except wandb.Error as error:
+        raise UserError(f"--wandb fails ({error}): run wandb login, or set WANDB_MODE=offline") from error
+
+
+def show_sample_and_curves(run):
+    if run.world.rank == 0:
+        parts = complete(run.model, get_tokenizer(run.data["tokenizer"]), "", 150, temperature=0.8, top_k=50)
+        text = "".join(added for [added] in parts)
+        run.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
+        with suppress(ModuleNotFoundError):     # matplotlib is optional
+            draw_curves([Path(run.args.out, "log.jsonl")], Path(run.args.out, "curves.png"))
+
+
+def read_log(path, name):
+    """Returns the rows of a log that have this name, {step: row}, in order. A resumed run may have taken a
+    step twice: then its last row counts."""
+    rows = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError, TypeError, KeyError):     # a killed run leaves half a line
+                row = json.loads(line)
+                if name in row:
+                    rows[row["step"]] = row
+    return dict(sorted(rows.items()))
+
+
+def draw_curves(log_paths, picture_path):
+    """Draws the losses and learning rates of one or several runs. Needs the package matplotlib."""
+    from matplotlib.figure import Figure
+
+    def column(rows, name):
+        return np.array([row[name] for row in rows.values()], dtype=float)      # null becomes NaN
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    losses.set(title="Loss", ylabel="nats per token")
+    rates.set(ylabel="learning rate", xlabel="step")
+    for i, path in enumerate(log_paths):
+        name, colour = str(Path(path).parent).replace("$", r"\$"), f"C{i}"
+        training, validation = read_log(path, "loss"), read_log(path, "val_loss")
+        losses.plot(training.keys(), column(training, "loss"), color=colour, alpha=0.5,
+                    label=f"{name}: training")
+        losses.errorbar(validation.keys(), column(validation, "val_loss"), column(validation, "val_stderr"),
+                        color=colour, linestyle="--", marker=".", capsize=3,
+                        label=f"{name}: validation, ± standard error")
+        rates.plot(training.keys(), column(training, "lr"), color=colour)
+    losses.legend()
+    figure.savefig(picture_path, dpi=120)
+
+
+# ------------------------------------------------------------------------------------- flags
 
 def make_parser():
     recipes = "; ".join(f"{model}: " + ", ".join(f"{flag} {value}" for flag, value in recipe.items())
                         for model, recipe in RECIPES.items())
     parser = Parser(description="Train a model on a data folder.", epilog=f"Other defaults of {recipes}.")
-    at_least_0 = number(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
-    share = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    at_least_0 = checked(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
+    share = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
     add = parser.add_argument
-    add("--data", help="folder that prepare.py wrote (default: data/python)")
+    add("--data", default="data/python", help="folder that prepare.py wrote")
     add("--out", help="folder to write (default: out/ and the name of the data folder)")
-    add("--resume", action="store_true", help="continue from last.pt in --out, with its flags but --device")
+    add("--resume", action="store_true",
+        help="continue from last.pt in --out, if there is one, with its flags but --device")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--model", choices=MODELS, help="(default: gpt2-92m with a CUDA GPU, otherwise nano)")
-    start.add_argument("--init", metavar="MODEL", help="begin with the weights of a file that train.py "
-                       "wrote, of a folder in Hugging Face's layout, or of a name on their hub, such as gpt2")
+    start.add_argument("--init", metavar="MODEL", help="begin with the weights of a file train.py wrote, "
+                       "of a folder in Hugging Face's format, or of a name on their hub, such as gpt2")
     for name, meaning in SIZES.items():
-        add(f"--{name}", type=share if name == "dropout" else count, help=f"{meaning} (default: the model's)")
-    add("--stride", type=count, help="ids from the start of one window to the next (default: block_size)")
-    add("--batch_size", type=count, default=16, help="most windows per process and micro-batch")
-    add("--global_batch_size", type=count, help="windows per step (default: batch_size x processes)")
+        kind = share if name == "dropout" else positive_int
+        add(f"--{name}", type=kind, help=f"{meaning} (default: the model's)")
+    add("--stride", type=positive_int, help="tokens between the starts of sequences (default: block_size)")
+    add("--batch_size", type=positive_int, default=16, help="most sequences per process and micro-batch")
+    add("--global_batch_size", type=positive_int, help="sequences per step (default: batch_size x processes)")
     length = parser.add_mutually_exclusive_group()
-    epochs = number(float, lambda x: 0 < x < 1e6, "a number above 0 and below a million")
-    length.add_argument("--epochs", type=epochs, help="times to go through the data (default: 20)")
-    length.add_argument("--max_steps", type=count, help="steps to take, instead of --epochs")
+    length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
+    length.add_argument("--max_steps", type=positive_int, help="steps to take, instead of --epochs")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more per step, and takes more time for it where batches are small")
-    add("--lr", type=positive, default=6e-4, help="peak learning rate")
+    add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
     add("--min_lr", type=at_least_0, default=0.0, help="learning rate that the schedule falls towards")
     add("--warmup", type=share, default=0.1, help="share of all steps in which the learning rate rises")
     add("--schedule", choices=("linear", "cosine"), default="linear", help="how the learning rate falls")
     add("--weight_decay", type=at_least_0, default=1e-4, help="weight decay of matrices")
-    add("--grad_clip", type=positive, default=1.0, help="largest norm of the gradient")
-    add("--eval_interval", type=count, default=2000, help="steps between evaluations")
-    add("--eval_windows", type=count, help="validation windows to evaluate (default: all)")
-    add("--eval_batch_size", type=count, default=16, help="windows per process and batch in evaluation")
-    add("--log_interval", type=count, default=10, help="steps between log lines")
-    add("--keep_epochs", type=count, default=4, help="epochs between checkpoints that are kept")
-    add("--dtype", choices=DTYPES,
-        help="of matrix products (default: the fastest that the device has hardware for)")
+    add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
+    add("--eval_interval", type=positive_int, default=2000, help="steps between evaluations")
+    add("--eval_sequences", type=positive_int, help="validation sequences to evaluate (default: all)")
+    add("--eval_batch_size", type=positive_int, default=16, help="sequences per batch in evaluation")
+    add("--log_interval", type=positive_int, default=10, help="steps between log lines")
+    add("--keep_epochs", type=positive_int, default=4, help="epochs between checkpoints that are kept")
+    add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="train through torch.compile, where it works: takes a minute first")
-    add("--dry_run", action="store_true", help="print what the run would be and take, and exit")
+        help="train through torch.compile, which takes a minute first")
+    add("--dry_run", action="store_true", help="estimate time, memory and disk; write nothing")
     add("--plot", nargs="+", metavar="RUN",
         help="draw the curves of these folders into one picture, curves.png, and exit")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
-    add("--seed", type=seed_number, default=1337, help="of the first weights, the order of data, and dropout")
-    add("--max_minutes", type=positive, help="stop in good order after so long, as Ctrl-C does")
+    add("--seed", type=seed_int, default=1337, help="of the first weights, the order of data, and dropout")
+    add("--max_minutes", type=positive_float, help="stop cleanly after so long, as Ctrl-C does")
     return parser
 
 
-def complete_args(parser, argv, given, saved, device):
-    """Returns the values of all flags: those given, then those of the run to be resumed, or for a new run
-    those of the model's recipe, then the defaults. Raises UserError if a saved run lacks some."""
-    if saved:
-        values = {name: value for name, value in saved[1]["args"].items() if name in vars(given)}
+def parse_args(argv):
+    """Returns the flags, the names of those that were given, and the checkpoint to continue, (model, meta),
+    or None. Raises UserError if a new run would overwrite an earlier one."""
+    parser = make_parser()
+    values = vars(parser.parse_args(argv))
+    without_defaults = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values))))
+    given = {name: value for name, value in without_defaults.items() if value is not None}
+    out = values["out"] or str(Path("out", os.path.basename(os.path.abspath(values["data"]))))
+    last, saved = Path(out, "last.pt"), None
+    if last.exists() and values["resume"]:
+        saved = load_checkpoint(last)
+        if "optimizers" not in saved[1]:
+            raise UserError(f"{last} cannot be resumed: it has weights, but not the state of an optimizer")
+        defaults = {**saved[1]["args"], "device": None, "dry_run": False}
+    elif last.exists() and not values["dry_run"] and not values["plot"]:
+        raise UserError(f"{last} is from an earlier run: --resume continues it, another --out keeps it")
+    elif values["init"]:
+        defaults = RECIPES["init"]
     else:
-        model = given.model or ("gpt2-92m" if device.type == "cuda" else "nano")
-        recipe = FINE_TUNING if given.init else {"model": model, **RECIPES.get(model, {"epochs": 20})}
-        values = {"data": "data/python", **recipe}
-    if given.epochs or given.max_steps:
-        values["epochs"] = values["max_steps"] = None
-    # Parsed like the flags of a user, they are checked like those, too. What is given comes last, and wins.
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()
-             if value is not None and value is not False]
-    args = parser.parse_args([*flags, *argv])
-    if not (args.data and (args.model or args.init) and (args.epochs or args.max_steps)):
-        raise UserError("last.pt cannot be resumed: its flags are not complete")
-    if given.data is None and (os.path.isabs(args.data) or ".." in Path(args.data).parts):
-        raise UserError(f"this run read {args.data}, which is outside this folder: allow it by --data")
-    return args
+        model = values["model"] or ("gpt2-92m" if choose_device(values["device"]).type == "cuda" else "nano")
+        defaults = {"model": model, **RECIPES.get(model, RECIPES["other"])}
+    # The parser's defaults, then those of the run or the recipe, then what was given: the last one counts.
+    args = argparse.Namespace(**{**values, **defaults, **given, "out": out})
+    if "epochs" in given:
+        args.max_steps = None       # otherwise, it comes first
+    return args, set(given), saved
+
+
+@record     # so that torchrun's report says which rank failed, and why
+def start(argv, signalled):
+    args, given, saved = parse_args(argv)
+    if args.plot:
+        picture = Path(args.plot[0] if len(args.plot) == 1 else "", "curves.png")
+        draw_curves([Path(folder, "log.jsonl") for folder in args.plot], picture)
+        print(f"wrote {picture}")
+        return
+    world = World(choose_device(args.device))
+    try:
+        found = "a" if world.device.type == "cuda" else "no"
+        why = "" if saved or given & {"model", "init", "device"} else f", as there is {found} CUDA GPU"
+        writes = "nothing is written" if args.dry_run else f"writing to {args.out}"
+        world.print(f"training {args.init or args.model} on {world.device.type}{why}; {writes}")
+        keep_freed_memory()
+        run = set_up(args, world, saved)
+        del saved       # its memory is needed no more
+        describe(run)
+        if args.dry_run:
+            dry_run(run)
+            return
+        run.log = Log(run)
+        deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
+        train(run, lambda: signalled() or time.monotonic() > deadline)
+    finally:
+        world.close()
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    given = parser.parse_args(argv)
-    out = Path(given.out or Path("out", os.path.basename(os.path.abspath(given.data or "data/python"))))
-    with (StopSignal() as told_to_stop, one_line_errors(UserError, ModelError, OSError),
-          World(choose_device(given.device)) as world):
-        if given.plot:
-            picture = Path(given.plot[0] if len(given.plot) == 1 else "", "curves.png")
-            draw_curves([Path(folder, "log.jsonl") for folder in given.plot], picture)
-            world.print(f"wrote {picture}")
-            return
-        saved = None
-        if given.resume or not given.dry_run:
-            saved = find_checkpoint(out / "last.pt", given.resume, world.job)
-        args = complete_args(parser, argv, given, saved, world.device)
-        args.out = str(out)
-        why = "" if given.model or given.init or given.device or saved else (
-            ", as there is a CUDA GPU" if world.device.type == "cuda" else ", as there is no CUDA GPU")
-        writing = "nothing is written" if args.dry_run else f"writing to {out}"
-        world.print(f"training {args.init or args.model} on {world.device.type}{why}; {writing}")
-        told_to_stop.allow(args.max_minutes or math.inf)
-        keep_freed_memory()
-        run = Run(args, world, told_to_stop, saved)
-        del saved       # its memory is not needed any more
-        if args.dry_run:
-            run.try_out()
-        else:
-            run.train()
+    with stop_signal() as signalled, one_line_errors(UserError, ModelError, OSError):
+        start(sys.argv[1:] if argv is None else argv, signalled)
 
 
 if __name__ == "__main__":

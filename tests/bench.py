@@ -19,12 +19,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SHAKESPEARE, provide_gpt2_vocabulary
@@ -32,7 +34,7 @@ from conftest import ROOT, SHAKESPEARE, provide_gpt2_vocabulary
 import gpt
 import prepare
 import train
-from sample import choose_dtype, mixed_precision
+from gpt import choose_dtype, mixed_precision
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -122,8 +124,8 @@ def seconds(work, device, repeats=10):
 
 
 def product_weights(model):
-    """The matrices that each generated id is multiplied with."""
-    return [*(w for w in model.h.parameters() if w.dim() == 2), model.head]
+    """The matrices that each generated token is multiplied with."""
+    return [*(w for w in model.h.parameters() if w.dim() == 2), model.lm_head.weight]
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -139,7 +141,7 @@ def hugging_face(model):
 
 
 def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=False, optimizer="adamw"):
-    """Takes steps of AdamW on random ids, as train.py does or as others do."""
+    """Takes steps of AdamW on random tokens, as train.py does or as others do."""
     torch.manual_seed(0)
     device = torch.device(device)
     model = gpt.GPT(gpt.MODELS[name]).to(device)
@@ -150,7 +152,7 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if kind == "ours":
         train.keep_freed_memory()
-        optimizer = train.make_optimizer(optimizer, model, 1e-4, device)
+        optimizers = train.make_optimizers(optimizer, model, 1e-4, device, dtype)
         net = torch.compile(model) if compiled else model
     else:
         if kind == "plain":
@@ -164,7 +166,8 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     def steps():
         for _ in range(n_steps):
             if kind == "ours":
-                train.update(net, optimizer, scaler, context, [(inputs, targets)], 1e-4, 1.0)
+                loss = train.backward(net, [(inputs, targets)], scaler, context)
+                train.update(model, optimizers, scaler, loss, 1e-4, 1.0)
                 continue
             with context:
                 loss = net(inputs, targets)
@@ -202,18 +205,18 @@ def bench_training(repeats):
 
 
 def bench_loading(what, batch_size, length, step_seconds):
-    """Compares the time to read a step's batch, out of 10^6 or 10^11 ids, with the time of a step."""
+    """Compares the time to read a step's batch, out of few or very many tokens, with the time of a step."""
     class World:
         rank, size, device = 0, 1, torch.device("cpu")
 
-    places = range(0, 20 * batch_size, batch_size)
-    for exponent in (6, 11):
+    offsets = range(0, 20 * batch_size, batch_size)
+    for exponent in (6, 11 if length >= 512 else 10):      # the order of an epoch takes 4 bytes a sequence
         with open("sparse.bin", "wb") as file:
             file.truncate(2 * 10 ** exponent)
-        windows = train.Windows(np.memmap("sparse.bin", prepare.ID, "r"), length, length, 50257)
-        batches = train.Batches(windows, batch_size, batch_size, 1337, World)
-        batch_seconds = seconds(lambda batches=batches: list(map(batches, places)), "cpu", 25) / len(places)
-        row(f"{what}: reading a batch out of 10^{exponent} ids", f"{batch_seconds * 1e3:.2f} ms",
+        sequences = train.Sequences(np.memmap("sparse.bin", prepare.TOKEN, "r"), length, length, 50257)
+        batches = train.Batches(sequences, batch_size, batch_size, 1337, World)
+        batch_seconds = seconds(lambda batches=batches: list(map(batches, offsets)), "cpu", 25) / len(offsets)
+        row(f"{what}: reading a batch out of 10^{exponent} tokens", f"{batch_seconds * 1e3:.2f} ms",
             f"step {step_seconds * 1e3:,.0f} ms", f"{batch_seconds / step_seconds:.2%}", "≤ 1%")
     os.remove("sparse.bin")
 
@@ -238,8 +241,8 @@ def bench_cuda_training(repeats):
 # --------------------------------------------------------------------------------------------- generation
 
 def generation(kind, batch_size, n, device="cpu"):
-    """Generates n ids in bfloat16, the likeliest each time; for "products", only multiplies the weights with
-    as many rows as often; for "plain", in float32 and without a cache."""
+    """Generates n tokens in bfloat16, the likeliest each time; for "products", only multiplies the weights
+    with as many rows as often; for "plain", in float32 and without a cache."""
     torch.manual_seed(0)
     model = gpt.GPT(gpt.MODELS["gpt2"]).eval()
     ids = torch.full((batch_size, 1), 50256, device=device)
@@ -267,7 +270,7 @@ def generation(kind, batch_size, n, device="cpu"):
     def products():
         for _ in range(n):
             for weight in weights:
-                gpt.linear(inputs[weight.shape[1]], weight)
+                F.linear(inputs[weight.shape[1]], weight)
         if device == "cuda":
             torch.cuda.synchronize()
         return n * batch_size
@@ -285,7 +288,7 @@ def bench_generation(repeats, device="cpu"):
         sides = [Side(generation, kind, batch_size, 256, device) for kind in kinds]
         ours, theirs, products = medians(repeats, *sides)
         close(*sides)
-        what = f"generation, `gpt2`, bfloat16, batch {batch_size}, 256 ids: tokens/s"
+        what = f"generation, `gpt2`, bfloat16, batch {batch_size}, 256 tokens: tokens/s"
         row(what, f"{ours:.0f}", f"Hugging Face {theirs:.0f}", f"{ours / theirs:.2f}", f"≥ {target}")
         row(what, f"{ours:.0f}", f"its products alone {products:.0f}", f"{ours / products:.2f}", "≥ 0.85")
 
@@ -294,7 +297,7 @@ def bench_cache(repeats):
     sides = [Side(generation, "ours", 1, 64), Side(generation, "plain", 1, 64)]
     ours, plain = medians(repeats, *sides)
     close(*sides)
-    row("generation, `gpt2`, batch 1, 64 ids: tokens/s", f"{ours:.0f}", f"plain {plain:.1f}",
+    row("generation, `gpt2`, batch 1, 64 tokens: tokens/s", f"{ours:.0f}", f"plain {plain:.1f}",
         f"{ours / plain:.1f}", "")
     model = gpt.GPT(gpt.MODELS["gpt2"]).eval().bfloat16()
     at = {10: [], 1000: []}
@@ -313,7 +316,8 @@ def preparing(kind, path):
     """Encodes a .jsonl file with GPT-2's tokenizer. For "loop", with encode_ordinary, document by document;
     for "ceiling", nothing but the encoding, of text that is in memory, on as many threads as there are cores,
     each with a tokenizer of its own."""
-    tokenizer = prepare.get_tokenizer("gpt2")
+    parts = prepare.tokenizer_parts("gpt2")
+    tokenizer = tiktoken.Encoding(**parts)
     if kind == "ours":
         def work():
             meta = prepare.prepare([path], "prepared", "gpt2")
@@ -330,11 +334,15 @@ def preparing(kind, path):
     else:
         documents = [(json.loads(line)["text"], True) for line in open(path, encoding="utf-8")]
         batches = list(prepare.batches(documents))
-        encode = prepare.encode_with_own(tokenizer)
+
+        own = threading.local()
+
+        def start():
+            own.tokenizer = tiktoken.Encoding(**parts)
 
         def work():
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return sum(map(len, pool.map(encode, batches)))
+            with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
+                return sum(map(len, pool.map(lambda batch: prepare.encode(own.tokenizer, batch), batches)))
     return work
 
 
@@ -345,7 +353,7 @@ def bench_prepare(repeats):
         with open(name, "w", encoding="utf-8") as file:
             file.writelines(lines * times)
     size = Path("large.jsonl").stat().st_size / 1e6
-    what = f"preparing with `gpt2`, {size:.0f} MB of Python: million ids/s"
+    what = f"preparing with `gpt2`, {size:.0f} MB of Python: million tokens/s"
     sides = [Side(preparing, kind, "large.jsonl") for kind in ("ours", "loop", "ceiling")]
     ours, loop, ceiling = (rate / 1e6 for rate in medians(repeats, *sides))
     row(what, f"{ours:.1f}", f"encode_ordinary in a loop {loop:.1f}", f"{ours / loop:.2f}", "≥ 2.2")
@@ -361,7 +369,7 @@ def bench_prepare(repeats):
 # Flags for the same model at the same context as others_quickstart.
 SHAKESPEARE_RECIPE = ["--data", "data/shakespeare", "--block_size", "64", "--batch_size", "16",
                       "--max_steps", "400", "--lr", "1e-2", "--eval_interval", "400",
-                      "--eval_windows", "9999"]
+                      "--eval_sequences", "9999"]
 
 
 def run(launcher, out, *flags):
@@ -403,8 +411,8 @@ def bench_ranks(repeats):
 
 def others_quickstart(path):
     """Trains a byte-level model as others' CPU quickstarts do: 4 layers, width 128, context 64, 2,000 steps
-    of 12 windows in float32, AdamW at 1e-3 falling to 1e-4. Prints the loss over all of the validation text.
-    """
+    of 12 sequences in float32, AdamW at 1e-3 falling to 1e-4. Prints the loss over all of the validation
+    text."""
     torch.manual_seed(1337)
     ids = torch.tensor(list(Path(path).read_bytes()))
     ids, val = ids[:int(0.9 * len(ids))], ids[int(0.9 * len(ids)):]
@@ -414,16 +422,16 @@ def others_quickstart(path):
     for step in range(2000):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, 2000, 100, 1e-3, 1e-4, "cosine")
-        windows = ids[torch.randint(len(ids) - 65, (12, 1)) + torch.arange(65)]
-        logits = model(windows[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+        sequences = ids[torch.randint(len(ids) - 65, (12, 1)) + torch.arange(65)]
+        logits = model(sequences[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    windows = val[:(len(val) - 1) // 64 * 64 + 1].unfold(0, 65, 64)
+    sequences = val[:(len(val) - 1) // 64 * 64 + 1].unfold(0, 65, 64)
     with torch.no_grad():
-        print(model(windows[:, :-1], windows[:, 1:]).item())
+        print(model(sequences[:, :-1], sequences[:, 1:]).item())
 
 
 def bench_loss(repeats):

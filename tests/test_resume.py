@@ -15,29 +15,32 @@ from conftest import QUICK, RESUME, ROOT, at_step, log, run, same_weights
 import gpt
 import prepare
 import train
-from train import main
+from train import Batches, main
 
 pytestmark = pytest.mark.usefixtures("bare")
+
 
 @pytest.fixture(autouse=True)
 def each_run_finds_another_random_state(monkeypatch):
     """As a new process would."""
-    load = train.find_checkpoint
-    monkeypatch.setattr(train, "find_checkpoint", lambda *args: torch.seed() and load(*args))
+    parse_args = train.parse_args
+    monkeypatch.setattr(train, "parse_args", lambda *args: torch.seed() and parse_args(*args))
 
 
 def stop_after(monkeypatch, step):
     """Lets SIGTERM come in the middle of that step."""
-    at_step(monkeypatch, step, lambda net: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(monkeypatch, step, lambda model: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def equal(a, b):
-    """Whether two checkpoints are equal in every bit, but for the name of the folder."""
+def identical(a, b):
+    """Whether two checkpoints are bit-for-bit identical, but for the name of the folder."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(
-            equal(a[name], b[name]) for name in a if name not in ("out", "resume"))
+            identical(a[name], b[name]) for name in a if name not in ("out", "resume"))
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(identical, a, b))
     return a == b
 
 
@@ -52,13 +55,13 @@ def steps(out):
 
 @pytest.mark.parametrize("dtype, optimizer", [
     ("float32", "adamw"), ("float16", "adamw"), ("bfloat16", "adamw"), ("bfloat16", "muon")])
-def test_a_run_that_is_stopped_at_any_step_and_resumed_is_equal_in_every_bit(
+def test_a_run_that_is_stopped_at_any_step_and_resumed_is_bit_for_bit_identical(
         data, monkeypatch, dtype, optimizer):
-    # A step has 40 windows, an epoch 112. In float16, the first steps overflow, and later the scale grows.
+    # A step has 40 sequences, an epoch 112. In float16, the first steps overflow, and later the scale grows.
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(
         *a, **k, init_scale=2.0 ** 22, growth_interval=2))
-    flags = ["--dtype", dtype, "--dropout", 0.1, "--batch_size", 8, "--global_batch_size", 40,
+    flags = ["--dtype", dtype, "--dropout", 0.1, "--batch_size", 20, "--global_batch_size", 40,
              "--optimizer", optimizer, "--max_steps", 9, "--log_interval", 1, "--eval_interval", 4]
     whole, meta = run(*flags, out="out/whole")
     if dtype == "float16":
@@ -71,46 +74,69 @@ def test_a_run_that_is_stopped_at_any_step_and_resumed_is_equal_in_every_bit(
         assert stopped["step"] == step
         main(RESUME)
         resumed, meta_of_resumed = gpt.load_checkpoint("out/text/last.pt")
-        assert same_weights(whole, resumed) and equal(meta, meta_of_resumed)
+        assert same_weights(whole, resumed) and identical(meta, meta_of_resumed)
         assert steps("out/text") == steps("out/whole")
         assert same_weights(*(gpt.load_checkpoint(f"out/{name}/best.pt")[0] for name in ("whole", "text")))
         shutil.rmtree("out/text")
 
 
-def test_a_run_that_is_stopped_at_every_step_is_equal_in_every_bit(data, monkeypatch):
+def test_a_run_that_is_stopped_at_every_step_is_bit_for_bit_identical(data, monkeypatch):
     flags = ["--dropout", 0.1, "--max_steps", 5, "--eval_interval", 2, "--log_interval", 1]
     whole, meta = run(*flags, out="out/whole")
     for step in range(1, 6):
         with monkeypatch.context() as patch:
             stop_after(patch, 1)
-            run(*flags, *(["--resume"] if step > 1 else []))
+            run(*flags, "--resume")
         assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == step
     main(RESUME)        # the last evaluation remains
     resumed, meta_of_resumed = gpt.load_checkpoint("out/text/last.pt")
-    assert same_weights(whole, resumed) and equal(meta, meta_of_resumed)
+    assert same_weights(whole, resumed) and identical(meta, meta_of_resumed)
     assert steps("out/text") == steps("out/whole")
 
 
-def test_an_evaluation_that_is_cut_short_is_made_up_for(data, monkeypatch):
-    flags = ["--max_steps", 4, "--eval_interval", 2, "--eval_batch_size", 1]
+def test_a_run_that_is_stopped_at_a_step_of_evaluation_evaluates_when_it_is_resumed(data, monkeypatch):
+    flags = ["--max_steps", 6, "--eval_interval", 2, "--log_interval", 1]
     run(*flags, out="out/whole")
-    read, reads = train.Windows.read, []
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        run(*flags)
+    assert [row["step"] for row in log() if "val_loss" in row] == [2]
+    main(RESUME)
+    assert [row["step"] for row in log() if "val_loss" in row] == [2, 4, 6]
+    assert steps("out/text") == steps("out/whole")
+    best, of_whole = (gpt.load_checkpoint(f"out/{name}/best.pt") for name in ("text", "whole"))
+    assert same_weights(best[0], of_whole[0]) and identical(best[1], of_whole[1])
 
-    def interrupted(self, indices):
+
+def test_a_run_that_ends_in_an_evaluation_has_saved_before_and_evaluates_again(data, monkeypatch):
+    flags = ["--max_steps", 4, "--eval_interval", 2, "--eval_batch_size", 1, "--log_interval", 1]
+    run(*flags, out="out/whole")
+    read, reads = train.Sequences.read, []
+
+    def interrupted(self, indices, device):
         reads.append(len(indices))
         if reads.count(1) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return read(self, indices)
+            raise KeyboardInterrupt
+        return read(self, indices, device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Windows, "read", interrupted)
-        run(*flags)
+        patch.setattr(train.Sequences, "read", interrupted)
+        with pytest.raises(SystemExit):
+            run(*flags)
     assert reads == [4, 4, 1, 1, 1] and not Path("out/text/best.pt").exists()
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
     main(RESUME)
     assert steps("out/text") == steps("out/whole")
+    assert same_weights(*(gpt.load_checkpoint(f"out/{name}/best.pt")[0] for name in ("whole", "text")))
 
 
-def test_a_copy_goes_on_in_another_folder_with_other_flags(data):
+def test_resume_without_a_checkpoint_begins(data):
+    resumed, meta = run("--max_steps", 2, "--resume")
+    begun, meta_of_begun = run("--max_steps", 2, out="out/whole")
+    assert same_weights(resumed, begun) and identical(meta, meta_of_begun)
+
+
+def test_a_copy_is_continued_in_another_folder_with_other_flags(data):
     run("--max_steps", 2, "--weight_decay", 0.5, "--global_batch_size", 8)
     shutil.copytree("out/text", "out/copy")
     main(["--out", "out/copy", "--resume", "--epochs", "1", "--lr", "1e-3", "--batch_size", "1",
@@ -124,16 +150,18 @@ def test_a_copy_goes_on_in_another_folder_with_other_flags(data):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
-def test_another_global_batch_size_goes_on_where_the_old_one_ended(data, monkeypatch):
+def test_another_global_batch_size_continues_where_the_old_one_ended(data, monkeypatch):
     run("--max_steps", 3, "--global_batch_size", 8)
-    places, shuffled = [], train.shuffled
-    monkeypatch.setattr(train, "shuffled", lambda *args: places.extend(args[0]) or shuffled(*args))
+    offsets, indices = [], Batches.indices
+    monkeypatch.setattr(Batches, "indices", lambda self, offset, count: offsets.extend(
+        range(offset, offset + count)) or indices(self, offset, count))
     main([*RESUME, "--global_batch_size", "16", "--epochs", "1"])
-    assert places == list(range(24, 120))       # in steps of 16 to the end of the epoch of 112 windows
-    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 3 + 6
-    places.clear()
+    assert offsets == list(range(24, 120))      # in steps of 16 to the end of the epoch of 112 sequences
+    _, meta = gpt.load_checkpoint("out/text/last.pt")
+    assert (meta["step"], meta["offset"]) == (3 + 6, 120)
+    offsets.clear()
     main([*RESUME, "--global_batch_size", "4", "--max_steps", "11"])
-    assert places == list(range(120, 128))
+    assert offsets == list(range(120, 128))
     assert log()[-2]["step"] == 10 and log()[-2]["epoch"] == pytest.approx(124 / 112)
 
 
@@ -149,19 +177,21 @@ def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
     assert gpt.load_checkpoint("out/text/best.pt")[1]["step"] == 20
 
 
-def test_what_was_evaluated_is_not_evaluated_again(data):
-    run("--max_steps", 2, "--eval_interval", 1)
-    main([*RESUME, "--max_steps", "3"])
-    assert [row["step"] for row in log() if "val_loss" in row] == [1, 2, 3]
+def test_a_resumed_run_keeps_its_flags_but_for_those_that_are_given_and_the_device(data):
+    run("--max_steps", 1, "--lr", 3e-3, "--device", "cpu")
+    args, given, (_, meta) = train.parse_args([*RESUME, "--min_lr", "1e-4"])
+    assert (args.lr, args.min_lr, args.max_steps, args.model) == (3e-3, 1e-4, 1, "tiny")
+    assert args.device is None and given == {"out", "resume", "min_lr"} and meta["step"] == 1
 
 
-def test_the_log_goes_on_after_a_row_that_was_cut_short(data):
+def test_the_log_continues_after_a_row_that_was_cut_short(data):
     run("--max_steps", 1)
     with open("out/text/log.jsonl", "a") as file:
         file.write('{"step": 2, "los')
     main([*RESUME, "--max_steps", "2"])
     lines = Path("out/text/log.jsonl").read_text().splitlines()
-    assert lines[2] == '{"step": 2, "los' and json.loads(lines[3])["step"] == 2
+    assert lines[3] == '{"step": 2, "los' and json.loads(lines[4])["started_at_step"] == 1
+    assert json.loads(lines[5])["step"] == 2
 
 
 # ----------------------------------------------------------------------------------- what is not resumed
@@ -194,12 +224,12 @@ def test_an_earlier_run_is_not_overwritten(fails, data):
     assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
 
 
-def test_a_run_that_took_no_step_is_overwritten(data, monkeypatch):
+def test_a_run_that_took_no_step_leaves_no_checkpoint_and_can_begin_again(data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", None)
         with pytest.raises(TypeError):
             run("--max_steps", 2, "--lr", 0.1)
-    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 0
+    assert not list(Path("out/text").glob("*.pt"))
     assert run("--max_steps", 1)[1]["args"]["lr"] == 1e-2
 
 
@@ -218,22 +248,26 @@ def test_weights_without_an_optimizer_cannot_be_resumed(fails, data):
 
 # ------------------------------------------------------------------------------------------------ scale
 
-def test_a_hundred_billion_ids_start_within_seconds_and_below_a_gigabyte(data):
+def test_a_hundred_billion_tokens_start_within_seconds_and_in_little_memory(data):
     n = 100_000_000_000
     meta = json.loads(Path(data, "meta.json").read_text())
     meta["train"]["tokens"] = n
     Path(data, "meta.json").write_text(json.dumps(meta))
     try:
         os.truncate(f"{data}/train.bin", 2 * n)         # a hole, which takes no room on the disk
+        os.truncate(f"{data}/val.bin", 2 * 1025)
     except OSError as error:
         pytest.skip(f"this file system has no files of 200 GB: {error}")
+    meta["val"]["tokens"] = 1025
+    Path(data, "meta.json").write_text(json.dumps(meta))
     program = ("import time, torch, train\n"
                "started = time.perf_counter()\n"
-               "train.main(['--data', 'data/text', '--max_steps', '3', '--eval_windows', '4'])\n"
+               "train.main(['--data', 'data/text', '--block_size', '1024', '--max_steps', '3',\n"
+               "            '--batch_size', '1', '--global_batch_size', '1', '--dtype', 'float32'])\n"
                "print(time.perf_counter() - started, train.peak_memory(torch.device('cpu')))\n")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     seconds, memory = map(float, result.stdout.splitlines()[-1].split())
-    assert "781,249,999 windows of 128 ids" in result.stdout
-    assert seconds < 30 and memory < 1e9
+    assert "97,656,249 sequences of 1024 tokens" in result.stdout
+    assert seconds < 30 and memory < 2e9

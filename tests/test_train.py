@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import platform
 import re
 import shutil
 from collections import Counter
@@ -10,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, log, run, same_weights
+from conftest import QUICK, all_rows, log, run, same_weights
 
 import gpt
 import prepare
 import train
-from train import Batches, Windows, World, learning_rate, main, shuffled, update
+from train import Batches, Sequences, World, learning_rate, main
 
 CPU = torch.device("cpu")
 
@@ -23,51 +24,23 @@ CPU = torch.device("cpu")
 # ------------------------------------------------------------------------------------------------- data
 
 def nothing(n):
-    """n ids that take no memory."""
+    """n tokens that take no memory."""
     return np.broadcast_to(np.uint16(0), n)
 
 
-@pytest.mark.parametrize("n, block_size, stride, windows", [
+@pytest.mark.parametrize("n, block_size, stride, sequences", [
     (185_517_137, 512, 256, 724_675), (20_613_016, 512, 256, 80_518), (17, 16, 16, 1), (32, 16, 16, 1),
     (33, 16, 16, 2), (33, 16, 1, 17), (18, 16, 1, 2)])
-def test_how_many_windows_a_number_of_ids_has(n, block_size, stride, windows):
-    assert len(Windows(nothing(n), block_size, stride, 1)) == windows
+def test_how_many_sequences_a_number_of_tokens_has(n, block_size, stride, sequences):
+    assert len(Sequences(nothing(n), block_size, stride, 1)) == sequences
 
 
-def test_a_window_is_inputs_and_the_ids_one_further_on_as_targets():
-    windows = Windows(np.arange(100, dtype=np.uint16), 4, 3, 100)
-    inputs, targets = train.inputs_and_targets(windows.read([0, 2, len(windows) - 1]), CPU)
+def test_a_sequence_is_inputs_and_the_tokens_one_further_on_as_targets():
+    sequences = Sequences(np.arange(100, dtype=np.uint16), 4, 3, 100)
+    inputs, targets = sequences.read([0, 2, len(sequences) - 1], CPU)
     assert inputs.tolist() == [[0, 1, 2, 3], [6, 7, 8, 9], [93, 94, 95, 96]]
     assert targets.tolist() == [[1, 2, 3, 4], [7, 8, 9, 10], [94, 95, 96, 97]]
     assert inputs.dtype == torch.int64
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
-def test_each_epoch_has_each_window_once_and_in_an_order_of_its_own(n):
-    order = shuffled(range(3 * n), n, seed=1).reshape(3, n)
-    assert all(sorted(epoch) == list(range(n)) for epoch in order)
-    if n >= 64:
-        assert len({tuple(epoch) for epoch in [*order, shuffled(range(n), n, seed=2)]}) == 4
-
-
-def test_the_order_looks_random():
-    n = 10_000
-    order = shuffled(range(n), n, seed=1)
-    assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.05
-    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
-    assert (np.diff(order) == 1).sum() < 10                     # a shuffle leaves 1 such pair, on average
-    first_half = np.sort(order[:n // 2])
-    assert np.abs(first_half - np.arange(n // 2) * 2).max() < 0.03 * n      # drawn evenly from everywhere
-
-
-def test_any_place_in_the_order_can_be_asked_for_first():
-    n = 10 ** 12
-    places = np.array([3 * n + 5, 7, n - 1])
-    assert shuffled(places, n, seed=1).tolist() == [shuffled([p], n, seed=1).item() for p in places]
-
-
-def never():
-    return False
 
 
 def world(rank=0, size=1):
@@ -76,31 +49,56 @@ def world(rank=0, size=1):
     return world
 
 
+def order(n, offsets, seed=1):
+    """The sequences, of n, at these offsets in the order of training."""
+    batches = Batches(Sequences(nothing(n + 1), 1, 1, 1), 1, 1, seed, world())
+    return np.concatenate([batches.indices(offset, 1) for offset in offsets])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
+def test_each_epoch_has_each_sequence_once_and_in_an_order_of_its_own(n):
+    epochs = order(n, range(3 * n)).reshape(3, n)
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n >= 64:
+        assert len({tuple(epoch) for epoch in [*epochs, order(n, range(n), seed=2)]}) == 4
+
+
+def test_the_order_looks_random():
+    n = 10_000
+    order = train.epoch_order(n, 1, 0).astype(int)
+    assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.05
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
+    assert (np.diff(order) == 1).sum() < 10                     # a shuffle leaves 1 such pair, on average
+    first_half = np.sort(order[:n // 2])
+    assert np.abs(first_half - np.arange(n // 2) * 2).max() < 0.03 * n      # drawn evenly from everywhere
+
+
+def test_any_offset_in_the_order_can_be_asked_for_first_and_a_share_may_lie_in_several_epochs():
+    n = 1000
+    offsets = [3 * n + 5, 7, n - 1]
+    assert order(n, offsets).tolist() == [order(n, [offset]).item() for offset in offsets]
+    batches = Batches(Sequences(nothing(n + 1), 1, 1, 1), 1, 1, 1, world())
+    assert batches.indices(n - 3, 2 * n).tolist() == order(n, range(n - 3, 3 * n - 3)).tolist()
+
+
 @pytest.mark.parametrize("size, batch_size, micro_batch_size", [
     (1, 12, 12), (1, 3, 3), (2, 6, 6), (4, 3, 3), (3, 2, 2), (1, 100, 12), (1, 5, 4), (2, 5, 3)])
 def test_ranks_and_micro_batches_only_slice_the_global_batch(size, batch_size, micro_batch_size):
-    windows = Windows(np.arange(1000, dtype=np.uint16), 4, 4, 1000)
-    for place in (0, 12, 600):
+    sequences = Sequences(np.arange(1000, dtype=np.uint16), 4, 4, 1000)
+    for offset in (0, 12, 600):
         parts = [inputs for rank in range(size)
-                 for inputs, _ in Batches(windows, 12, batch_size, 1, world(rank, size))(place)[0]]
+                 for inputs, _ in Batches(sequences, 12, batch_size, 1, world(rank, size))(offset)]
         assert all(part.shape == (micro_batch_size, 4) for part in parts)
-        [(whole, _)], _ = Batches(windows, 12, 12, 1, world())(place)
+        [(whole, _)] = Batches(sequences, 12, 12, 1, world())(offset)
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_the_checksums_of_all_ranks_add_up_to_that_of_the_global_batch_and_depend_on_the_place():
-    windows = Windows(np.arange(49, dtype=np.uint16), 4, 4, 1000)
-    _, whole = Batches(windows, 12, 12, 1, world())(36)
-    assert whole == sum(Batches(windows, 12, 2, 1, world(rank, 3))(36)[1] for rank in range(3))
-    assert whole != Batches(windows, 12, 12, 1, world())(48)[1]     # the same 12 windows
-
-
-def test_an_epoch_of_steps_reads_each_window_once():
-    windows = Windows(np.arange(241, dtype=np.uint16), 4, 4, 1000)
-    batches = Batches(windows, 6, 6, 1, world())
-    assert len(windows) == 60
-    first_ids = Counter(i for place in range(0, 60, 6) for i in batches(place)[0][0][0][:, 0].tolist())
-    assert first_ids == Counter(range(0, 240, 4))
+def test_an_epoch_of_steps_reads_each_sequence_once():
+    sequences = Sequences(np.arange(241, dtype=np.uint16), 4, 4, 1000)
+    batches = Batches(sequences, 6, 6, 1, world())
+    assert len(sequences) == 60
+    firsts = Counter(token for offset in range(0, 60, 6) for token in batches(offset)[0][0][:, 0].tolist())
+    assert firsts == Counter(range(0, 240, 4))
 
 
 # ----------------------------------------------------------------------------------------- optimization
@@ -118,19 +116,26 @@ def test_without_warmup_the_learning_rate_starts_at_its_peak():
     assert learning_rate(0, 100, 0, 6e-4, 0.0, "linear") == 6e-4
 
 
+def groups(name, model):
+    """The groups of all optimizers."""
+    optimizers = train.make_optimizers(name, model, 0.1, CPU, torch.float32)
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_matrices_decay_and_vectors_do_not(tiny, name):
     model = gpt.GPT(tiny)
-    groups = train.make_optimizer(name, model, 0.1, CPU).param_groups
-    assert {p.dim(): group["weight_decay"] for group in groups for p in group["params"]} == {2: 0.1, 1: 0.0}
-    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
+    decay = {(p.dim(), group["weight_decay"]) for group in groups(name, model) for p in group["params"]}
+    assert decay == {(2, 0.1), (1, 0.0)}
+    assert sorted(id(p) for group in groups(name, model) for p in group["params"]) == sorted(
+        map(id, model.parameters()))
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 64), (2, 96, 24)])
 def test_muon_brings_the_singular_values_of_matrices_near_1_and_keeps_their_directions(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(x, full_matrices=False)
-    s = u.mT @ train.orthogonal(1000 * x) @ v.mT
+    s = u.mT @ train.orthogonalize(1000 * x) @ v.mT
     diagonal = s.diagonal(dim1=1, dim2=2)
     assert diagonal.min() > 0.65 and diagonal.max() < 1.25
     assert (s - torch.diag_embed(diagonal)).abs().max() < 1e-4
@@ -140,18 +145,19 @@ def test_a_step_of_muon_moves_matrices_in_blocks_by_their_orthogonal_momentum_an
     before = gpt.GPT(tiny)
     by_muon, by_adamw = copy.deepcopy(before), copy.deepcopy(before)
     for name, model in ("muon", by_muon), ("adamw", by_adamw):
-        optimizer = train.make_optimizer(name, model, 0.1, CPU)
+        optimizers = train.make_optimizers(name, model, 0.1, CPU, torch.float32)
         for i in range(2):
-            for group in optimizer.param_groups:
-                group["lr"] = 0.01
-                for p in group["params"]:
-                    p.grad = torch.ones_like(p) if p.dim() < 2 else torch.eye(*p.shape) * (i + 1)
-            optimizer.step()
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) if p.dim() < 2 else torch.eye(*p.shape) * (i + 1)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.01
+                optimizer.step()
     for (name, p), start, other in zip(
             by_muon.named_parameters(), before.parameters(), by_adamw.parameters(), strict=True):
         if name.startswith("h.") and p.dim() == 2:
             for _ in range(2):      # the mean of multiples of a matrix is a multiple, too
-                direction = train.orthogonal(torch.eye(*p.shape)[None])[0]
+                direction = train.orthogonalize(torch.eye(*p.shape)[None])[0]
                 start = start * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(p.shape) ** 0.5 * direction
             assert torch.allclose(p, start, atol=1e-6), name
         else:
@@ -160,27 +166,47 @@ def test_a_step_of_muon_moves_matrices_in_blocks_by_their_orthogonal_momentum_an
 
 def test_the_momentum_of_muon_is_a_running_mean_with_nesterovs_look_ahead(tiny):
     model = gpt.GPT(tiny)
-    optimizer = train.make_optimizer("muon", model, 0.1, CPU)
+    _, muon = train.make_optimizers("muon", model, 0.1, CPU, torch.float32)
     weight, mean = model.h[0].mlp.c_fc.weight, 0
     for _ in range(3):
         weight.grad = torch.randn_like(weight)
         mean = 0.95 * mean + 0.05 * weight.grad
         with torch.no_grad():
-            found = optimizer.averaged_gradient(weight)
+            found = muon.mean_gradient(weight, 0.95)
         assert torch.allclose(found, 0.95 * mean + 0.05 * weight.grad, atol=1e-6)
+
+
+def test_muon_computes_in_the_dtype_of_matmuls_and_keeps_its_mean_in_float32(tiny, monkeypatch):
+    seen, orthogonalize = set(), train.orthogonalize
+    monkeypatch.setattr(train, "orthogonalize", lambda x: seen.add(x.dtype) or orthogonalize(x))
+    model = gpt.GPT(tiny)
+    _, muon = train.make_optimizers("muon", model, 0.1, CPU, torch.bfloat16)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    muon.step()
+    assert seen == {torch.bfloat16}
+    assert {state["mean"].dtype for state in muon.state.values()} == {torch.float32}
+
+
+def weights(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def micro_batches_of(n):
+    ids = torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(1))
+    return [(part[:, :-1], part[:, 1:]) for part in ids.chunk(n)]
 
 
 def gradient_of_an_update(tiny, n_micro_batches, grad_clip=1e9):
     """What one update by plain gradient descent at learning rate 1 takes from the weights; loss and norm."""
     torch.manual_seed(0)
     model = gpt.GPT(tiny)
-    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    ids = torch.randint(257, (8, 17), generator=torch.Generator().manual_seed(1))
-    micro_batches = [(part[:, :-1], part[:, 1:]) for part in ids.chunk(n_micro_batches)]
+    before = weights(model)
     optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-    loss, norm = update(model, optimizer, scaler, nullcontext(), micro_batches, lr=1.0, grad_clip=grad_clip)
-    after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    return before - after, loss, norm
+    loss = train.backward(model, micro_batches_of(n_micro_batches), scaler, nullcontext())
+    norm, taken = train.update(model, [optimizer], scaler, loss, lr=1.0, grad_clip=grad_clip)
+    assert taken and all(p.grad is None for p in model.parameters())
+    return before - weights(model), loss, norm
 
 
 @pytest.mark.parametrize("n_micro_batches", [2, 4, 8])
@@ -198,6 +224,46 @@ def test_gradients_are_clipped_to_a_norm_and_the_norm_before_is_reported(tiny):
     assert torch.allclose(clipped, gradient * 0.5 / norm, atol=1e-6)
 
 
+class OneLossIsInfinite(torch.nn.Module):
+    """A model whose loss at one call, counted from 1, is infinite, though its gradient is finite."""
+
+    def __init__(self, model, call):
+        super().__init__()
+        self.model, self.call, self.calls = model, call, 0
+
+    def forward(self, inputs, targets):
+        self.calls += 1
+        return self.model(inputs, targets) + (math.inf if self.calls == self.call else 0)
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("n_micro_batches, call", [(1, 1), (4, 1), (4, 3), (4, 4)])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_loss_that_is_not_finite_leaves_the_weights_untouched_whatever_the_gradient(
+        tiny, enabled, n_micro_batches, call, name):
+    model = OneLossIsInfinite(gpt.GPT(tiny), call)
+    optimizers = train.make_optimizers(name, model.model, 0.1, CPU, torch.float32)
+    scaler, before = torch.amp.GradScaler("cpu", enabled=enabled), weights(model)
+    loss = train.backward(model, micro_batches_of(n_micro_batches), scaler, nullcontext())
+    norm, taken = train.update(model, optimizers, scaler, loss, lr=1.0, grad_clip=1.0)
+    assert loss == math.inf and math.isfinite(norm) and not taken
+    assert torch.equal(weights(model), before) and not any(optimizer.state for optimizer in optimizers)
+    assert all(p.grad is None for p in model.parameters())      # nothing of it is left for the next step
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_untouched_whatever_the_loss(tiny, enabled, value):
+    model = gpt.GPT(tiny)
+    optimizers = train.make_optimizers("muon", model, 0.1, CPU, torch.float32)
+    scaler, before = torch.amp.GradScaler("cpu", enabled=enabled), weights(model)
+    loss = train.backward(model, micro_batches_of(1), scaler, nullcontext())
+    model.h[1].mlp.c_fc.weight.grad[3, 5] = value
+    norm, taken = train.update(model, optimizers, scaler, loss, lr=1.0, grad_clip=1.0)
+    assert math.isfinite(loss) and not math.isfinite(norm) and not taken
+    assert torch.equal(weights(model), before) and not any(optimizer.state for optimizer in optimizers)
+
+
 # ------------------------------------------------------------------------------------------------ a run
 
 def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsys, monkeypatch):
@@ -209,24 +275,33 @@ def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsy
     assert first == f"training nano on cpu, as there is no CUDA GPU; writing to {Path('out/python')}"
 
 
-def test_with_a_gpu_it_trains_gpt2_92m_and_says_why(data, capsys, monkeypatch):
-    class Stub:
-        def __init__(self, args, world, told_to_stop, saved):
-            self.train = lambda: print(args.model, args.epochs, args.lr, args.schedule, args.batch_size)
+def test_with_a_gpu_it_trains_gpt2_92m_with_the_defaults_of_the_parser(data, monkeypatch):
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
+    args, given, saved = train.parse_args([])
+    assert (args.model, args.epochs, args.max_steps, args.lr, args.schedule, args.batch_size) == (
+        "gpt2-92m", 20.0, None, 6e-4, "linear", 16)
+    assert (given, args.out, saved) == (set(), str(Path("out/python")), None)
 
-    gpu = world()
-    gpu.device = torch.device("cuda")
-    monkeypatch.setattr(train, "choose_device", lambda name: gpu.device)
-    monkeypatch.setattr(train, "World", lambda device: gpu)
-    monkeypatch.setattr(train, "Run", Stub)
-    main([])
-    assert capsys.readouterr().out.splitlines() == [
-        f"training gpt2-92m on cuda, as there is a CUDA GPU; writing to {Path('out/python')}",
-        "gpt2-92m 20.0 0.0006 linear 16"]
+
+def test_a_flag_comes_before_the_recipe_of_the_model_and_that_before_the_parser(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for argv in ([], ["--model", "nano"]):
+        args, _, _ = train.parse_args(argv)
+        assert args.model == "nano" and args.weight_decay == 1e-4
+        assert {name: vars(args)[name] for name in train.RECIPES["nano"]} == train.RECIPES["nano"]
+    args, _, _ = train.parse_args(["--lr", "1e-2", "--optimizer", "adamw"])
+    assert (args.lr, args.optimizer, args.batch_size) == (1e-2, "adamw", 8)
+    args, _, _ = train.parse_args(["--init", "gpt2"])
+    assert (args.lr, args.epochs, args.max_steps, args.model) == (5e-5, 3.0, None, None)
+
+
+def test_epochs_that_are_given_come_before_the_steps_of_the_recipe(monkeypatch):
+    args, _, _ = train.parse_args(["--model", "nano", "--epochs", "2"])
+    assert (args.epochs, args.max_steps) == (2.0, None)
 
 
 def test_the_flags_of_the_schedule_and_of_clipping_reach_each_update(data, monkeypatch):
-    seen = []
+    seen, update = [], train.update
     monkeypatch.setattr(train, "update", lambda *args: seen.append(args[-2:]) or update(*args))
     run("--max_steps", 8, "--schedule", "cosine", "--warmup", 0.25, "--lr", 0.1, "--min_lr", 0.01,
         "--grad_clip", 0.5, "--log_interval", 1, "--weight_decay", 0.2)
@@ -237,11 +312,11 @@ def test_the_flags_of_the_schedule_and_of_clipping_reach_each_update(data, monke
 
 def test_the_flags_of_the_data_and_of_evaluation_are_heeded(data, monkeypatch):
     seen, evaluate = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda model, windows, *args: seen.append(
-        (len(windows), *args[:2], model.training)) or evaluate(model, windows, *args))
+    monkeypatch.setattr(train, "evaluate", lambda model, sequences, *args: seen.append(
+        (len(sequences), *args[:2], model.training)) or evaluate(model, sequences, *args))
     _, meta = run("--epochs", 1, "--stride", 4, "--batch_size", 50,
-                  "--eval_windows", 6, "--eval_batch_size", 3)
-    assert meta["step"] == 9                    # (1800 - 17) // 4 + 1 = 446 windows, 50 at a time
+                  "--eval_sequences", 6, "--eval_batch_size", 3)
+    assert meta["step"] == 9                    # (1800 - 17) // 4 + 1 = 446 sequences, 50 at a time
     assert seen == [(12, 6, 3, False)]          # (200 - 17) // 16 + 1 = 12, without overlap, to choose 6 from
 
 
@@ -249,13 +324,13 @@ def test_the_flags_of_the_data_and_of_evaluation_are_heeded(data, monkeypatch):
 def test_it_makes_exactly_so_many_updates(data, steps):
     _, meta = run("--max_steps", steps)
     assert meta["step"] == steps
-    assert {state["step"].item() for state in meta["optimizer"].values()} == {steps}
+    assert {state["step"].item() for state in meta["optimizers"][0].values()} == {steps}
 
 
 def test_epochs_are_rounded_up_to_whole_steps(data):
-    windows = (1800 - 17) // 16 + 1
+    sequences = (1800 - 17) // 16 + 1
     _, meta = run("--epochs", 2, "--global_batch_size", 32, "--eval_interval", 1000)
-    assert windows == 112 and meta["step"] == 7
+    assert sequences == 112 and meta["step"] == 7
 
 
 def test_flags_change_the_sizes_of_a_model(data):
@@ -275,10 +350,30 @@ def test_the_log_has_a_row_for_each_interval_and_each_evaluation(data):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 6]
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert set(rows[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second",
-                            "memory", "ids_hash", "seconds"}
+                            "memory", "seconds"}
     assert set(rows[-1]) == {"step", "val_loss", "val_stderr", "bits_per_byte"}
-    # A byte is an id here, but for the end-of-text among the last 200 ids.
+    # A byte is a token here, but for the end-of-text among the last 200 tokens.
     assert rows[-1]["bits_per_byte"] == pytest.approx(rows[-1]["val_loss"] / math.log(2) * 200 / 199)
+
+
+def test_each_start_of_a_run_appends_to_the_log_how_it_was_made(data):
+    run("--max_steps", 1)
+    main(["--out", "out/text", "--resume", "--max_steps", "2", "--lr", "1e-3"])
+    first, again = (row for row in all_rows() if "step" not in row)
+    assert all_rows()[0] == first and all_rows()[3] == again
+    assert first.keys() == {"started_at_step", "args", "commit", "python", "torch"}
+    assert (first["started_at_step"], again["started_at_step"]) == (0, 1)
+    assert (first["args"]["lr"], again["args"]["lr"], again["args"]["batch_size"]) == (1e-2, 1e-3, 4)
+    assert first["torch"] == torch.__version__ and first["python"] == platform.python_version()
+
+
+def test_the_commit_is_that_of_the_code_wherever_it_runs(monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", train.commit())
+    monkeypatch.setattr(train, "__file__", str(Path.cwd() / "train.py"))
+    assert train.commit() is None       # no repository
+    monkeypatch.setenv("PATH", "")
+    assert train.commit() is None       # no git
 
 
 def test_the_logged_loss_is_the_mean_over_all_micro_batches(data):
@@ -296,22 +391,22 @@ def test_the_terminal_shows_loss_learning_rate_speed_time_left_and_a_sample(data
                      r"sample:\n    \S", out, re.MULTILINE)
 
 
-def test_validation_is_the_mean_over_its_windows_and_knows_its_error(data, model):
-    windows = Windows(prepare.load_tokens(data, "val"), 16, 1, 257)
+def test_validation_is_the_mean_over_its_sequences_and_knows_its_error(data, model):
+    sequences = Sequences(prepare.load_tokens(data, "val"), 16, 1, 257)
     plain = nullcontext()
     with torch.no_grad():
-        losses = torch.stack([model(*train.inputs_and_targets(windows.read([i]), CPU))
-                              for i in range(len(windows))]).double()
-    mean, error = train.evaluate(model, windows, len(windows), 1, plain, world(), never)
+        losses = torch.stack([model(*sequences.read([i], CPU)) for i in range(len(sequences))]).double()
+    mean, error = train.evaluate(model, sequences, len(sequences), 1, plain, world())
     assert mean == pytest.approx(losses.mean().item())
     assert error == pytest.approx((losses.std() / len(losses) ** 0.5).item(), rel=1e-3)
-    assert train.evaluate(model, windows, len(windows), 7, plain, world(), never)[0] == pytest.approx(mean)
+    assert train.evaluate(model, sequences, len(sequences), 7, plain, world())[0] == pytest.approx(mean)
     half = world(0, 2)
     half.sum = lambda *numbers: [2 * number for number in numbers]      # as if both ranks had this one's
-    assert train.evaluate(model, windows, len(windows), 7, plain, half, never)[0] == pytest.approx(
+    assert train.evaluate(model, sequences, len(sequences), 7, plain, half)[0] == pytest.approx(
         losses[::2].mean().item())
-    few, _ = train.evaluate(model, windows, 4, 4, plain, world(), never)
-    assert few == pytest.approx(losses[[0, 46, 92, 138]].mean().item()) and len(windows) == 184
+    few, none = train.evaluate(model, sequences, 4, 4, plain, world())
+    assert few == pytest.approx(losses[[0, 46, 92, 138]].mean().item()) and len(sequences) == 184
+    assert none is None     # one batch says nothing about the error
 
 
 def test_evaluating_more_often_does_not_change_the_training(data):
@@ -327,7 +422,7 @@ def test_best_is_of_the_lowest_validation_loss_and_last_of_the_last_step(data):
     lowest = min(rows, key=lambda row: row["val_loss"])
     assert meta["step"] == lowest["step"] and meta["best_val_loss"] == lowest["val_loss"]
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 40
-    assert "optimizer" not in meta
+    assert "optimizers" not in meta
 
 
 def test_dropout_differs_between_steps_and_ranks_and_is_the_same_again():
@@ -354,7 +449,7 @@ def test_a_checkpoint_remembers_the_flags_and_the_data(data):
 def test_float16_trains_with_a_loss_scale(data):
     _, meta = run("--max_steps", 3, "--dtype", "float16", "--log_interval", 1)
     assert [row["loss_scale"] for row in log() if "loss" in row] == [65536.0] * 3
-    assert meta["scaler"]["_growth_tracker"] == 3       # updates without an overflow
+    assert meta["scaler"]["_growth_tracker"] == 3       # steps without an overflow
     assert log()[2]["loss"] < log()[0]["loss"]
 
 
@@ -364,7 +459,7 @@ def test_in_float16_a_gradient_that_overflows_is_skipped_and_halves_the_scale(da
     _, meta = run("--max_steps", 2, "--dtype", "float16", "--log_interval", 1)
     assert [row["loss_scale"] for row in log() if "loss" in row] == [2.0 ** 39, 2.0 ** 38]
     assert log()[0]["grad_norm"] is None            # infinite, which JSON cannot say
-    assert meta["optimizer"] == {}                  # no step was taken
+    assert meta["optimizers"] == [{}] and meta["skipped"] == 2                  # no step was taken
 
 
 def test_float16_is_close_to_float32(data):
@@ -382,16 +477,15 @@ def test_curves_are_drawn_where_matplotlib_is_installed(data, monkeypatch):
     assert not Path("out/without/curves.png").exists()
 
 
-def test_curves_are_of_the_last_run_in_the_log_and_bear_what_is_not_finite(tmp_path, monkeypatch):
+def test_curves_are_of_the_last_row_of_each_step_and_bear_what_is_not_finite(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure").Figure
     drawn = []
     monkeypatch.setattr(figure, "savefig", lambda self, *a, **k: drawn.append(self))
     row = {"step": 1, "loss": 5.0, "lr": 1.0, "loss_scale": 1.0}
-    first = [{**row, "step": step, "loss": 9.0} for step in (1, 2, 3, 4)]
-    second = [row, {**row, "step": 2, "loss": 8.0}, {**row, "step": 2, "loss": None},
-              {"step": 2, "val_loss": None, "val_stderr": None}]
-    rows = "\n".join(map(json.dumps, [*first, None, {"lr": 1.0}, *second]))
-    (tmp_path / "log.jsonl").write_text(rows + '\n{"step": 3, "lo')
+    rows = [{"started_at_step": 0, "args": {}}, {**row, "loss": 9.0}, {**row, "step": 2, "loss": 9.0},
+            None, {"lr": 1.0}, {"started_at_step": 0, "args": {}}, row, {**row, "step": 2, "loss": 8.0},
+            {**row, "step": 2, "loss": None}, {"step": 2, "val_loss": None, "val_stderr": None}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 3, "lo')
     train.draw_curves([tmp_path / "log.jsonl"], tmp_path / "curves.png")
     training = drawn[0].axes[0].lines[0]
     assert training.get_xdata().tolist() == [1, 2]
@@ -411,22 +505,14 @@ def test_curves_of_several_runs_are_drawn_into_one_picture_each_with_its_name(da
     losses, rates = picture.axes
     names = {text.get_text() for text in losses.get_legend().get_texts()}
     assert names == {f"out/{run}: {what}" for run in "ab"
-                     for what in ("training, smoothed", "validation, ± standard error")}
+                     for what in ("training", "validation, ± standard error")}
     assert [max(line.get_ydata()) for line in rates.lines] == [1e-2, 5e-3]
-
-
-def test_the_loss_scale_is_drawn_where_there_is_one(data, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    drawn = []
-    monkeypatch.setattr(figure, "savefig", lambda self, path, **options: drawn.append(self))
-    run("--max_steps", 1, "--dtype", "float16")
-    assert drawn[-1].axes[2].lines[0].get_ydata().tolist() == [65536]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_training_is_the_same_training(data):
-    compiled, _ = run("--max_steps", 3, "--compile", out="out/compiled")
-    plain, _ = run("--max_steps", 3, out="out/plain")
+    compiled, _ = run("--max_steps", 3, "--n_layer", 1, "--compile", out="out/compiled")
+    plain, _ = run("--max_steps", 3, "--n_layer", 1, out="out/plain")
     assert same_weights(compiled, plain, tolerance=1e-4)
 
 
@@ -448,13 +534,12 @@ def test_it_trains_on_a_gpu(data, dtype):
     (["--lr", "nan"], "argument --lr: must be a number above 0, not 'nan'"),
     (["--warmup", "1"], "argument --warmup: must be at least 0 and below 1, not '1'"),
     (["--epochs", "1", "--max_steps", "1"], "argument --max_steps: not allowed with argument --epochs"),
-    (["--n_embd", "33"], "n_embd must be divisible by n_head, but 33 is not by 2"),
+    (["--n_embd", "33"], "n_embd (33) must be divisible by n_head (2)"),
     (["--device", "cuda:99"], "there is no device cuda:99 here"),
     (["--device", "warp"], "there is no device warp here"),
     (["--data", "data/none"], "data/none contains no prepared data (no meta.json): run prepare.py first"),
-    (["--block_size", "1000"], "data/text/val.bin has only 200 ids and a window needs 1,001: prepare"),
-    (["--resume"], "there is no checkpoint out/none/last.pt")])
-def test_a_mistake_is_told_in_one_line(fails, data, flags, says):
+    (["--block_size", "1000"], "data/text/val.bin has only 200 tokens and a sequence needs 1,001: prepare")])
+def test_a_mistake_is_reported_in_one_line(fails, data, flags, says):
     fails(main, [*QUICK, "--out", "out/none", *flags], says)
     assert not list(Path().glob("out/none/*.pt"))
 
@@ -463,7 +548,7 @@ def test_a_mistake_is_told_in_one_line(fails, data, flags, says):
     ("val.bin", b"odd", "val.bin has 3 bytes, but meta.json says 400: run prepare.py again"),
     ("train.bin", b"", "train.bin has 0 bytes, but meta.json says 3,600: run prepare.py again"),
     ("meta.json", b'{"format": 1,', "meta.json is damaged, half-written, or of another version")])
-def test_data_that_is_not_whole_is_told_in_one_line(fails, data, name, content, says):
+def test_data_that_is_not_whole_is_reported_in_one_line(fails, data, name, content, says):
     Path(data, name).write_bytes(content)
     fails(main, QUICK, says)
 
@@ -473,13 +558,13 @@ def test_a_dtype_that_does_not_run_on_the_device_is_refused(fails, data, monkeyp
         raise RuntimeError(f"unsupported dtype {dtype}")
 
     monkeypatch.setattr(torch, "autocast", autocast)
-    fails(main, [*QUICK, "--dtype", "float16"], "float16 does not run on this cpu device: use --dtype")
+    fails(main, [*QUICK, "--dtype", "float16"], "float16 does not run on this cpu: use --dtype float32")
     run("--max_steps", 1)       # float32 does without
 
 
-def test_an_id_outside_the_vocabulary_ends_the_run(fails, data):
-    ids = np.memmap("data/text/train.bin", prepare.ID, mode="r+")
-    ids[900] = 300
-    ids.flush()
+def test_a_token_outside_the_vocabulary_ends_the_run(fails, data):
+    tokens = np.memmap("data/text/train.bin", prepare.TOKEN, mode="r+")
+    tokens[900] = 300
+    tokens.flush()
     fails(main, [*QUICK, "--epochs", 1],
-          "the data is damaged: it contains id 300, but its vocabulary ends at 256: run prepare.py again")
+          "the data is damaged: it contains token 300, but its vocabulary ends at 256: run prepare.py again")
