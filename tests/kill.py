@@ -23,7 +23,7 @@ import processes  # noqa: E402
 
 # A run that saves after each step spends most of its time saving.
 FLAGS = ["--data", "text", "--n_layer", "2", "--n_head", "2", "--n_embd", "256", "--block_size", "16",
-         "--batch_size", "4", "--dropout", "0.1", "--dtype", "float32", "--eval_interval", "1",
+         "--global_batch_size", "4", "--dropout", "0.1", "--dtype", "float32", "--eval_interval", "1",
          "--eval_sequences", "4"]
 
 

@@ -1,4 +1,4 @@
-"""What is left when a run is stopped, killed, or cannot go on."""
+"""What is left when a run is stopped, killed, or cannot continue."""
 
 import copy
 import json

@@ -25,14 +25,8 @@ def test_text_becomes_tokens_becomes_weights_becomes_text():
     assert "training nano on cpu" in trained and trained.count("validation loss") == 2
     assert {path.name for path in Path("out/python").iterdir()} == {
         "best.pt", "last.pt", "log.jsonl", "curves.png"}
+    assert "step 5/5 | validation loss" in shell("python train.py --resume --max_steps 5")
     assert shell('python sample.py --prompt "def " --max_new_tokens 20').startswith("def ")
-
-
-def test_a_stopped_chain_is_continued():
-    shell("python prepare.py --sample_size 30")
-    flags = "--batch_size 2 --global_batch_size 4 --eval_sequences 8"
-    shell(f"python train.py {flags} --max_steps 2")
-    assert "step 3/3 | validation loss" in shell("python train.py --resume --max_steps 3")
 
 
 def test_each_program_explains_its_flags():
