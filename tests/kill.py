@@ -23,8 +23,8 @@ import processes  # noqa: E402
 
 # A run that saves after each step spends most of its time saving.
 FLAGS = ["--data", "text", "--n_layer", "2", "--n_head", "2", "--n_embd", "256", "--block_size", "16",
-         "--global_batch_size", "4", "--dropout", "0.1", "--dtype", "float32", "--eval_interval", "1",
-         "--eval_sequences", "4"]
+         "--global_batch_size", "4", "--optimizer", "adamw", "--dropout", "0.1", "--dtype", "float32",
+         "--eval_interval", "1", "--eval_sequences", "4"]
 
 
 def start(folder, *flags):
