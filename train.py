@@ -599,11 +599,12 @@ def describe(run):
     args, config, batches, done = run.args, run.model.config, run.batches, run.state.step
     epochs = (run.state.offset + (run.total_steps - done) * args.global_batch_size) / len(batches.sequences)
     flops = flops_per_token(run.model, config.block_size)
+    dtype = str(choose_dtype(args.dtype, run.world.device)).removeprefix("torch.")
     # last.pt has the weights and two averages of their gradients, and is there twice while it is written.
     disk = 4 * run.model.num_params() * (2 * 3 + 1 + int(epochs) // args.keep_epochs)
     run.world.print(
-        f"{run.model.num_params():,} parameters; {args.data}: {len(batches.sequences):,} sequences of "
-        f"{config.block_size} tokens\n"
+        f"{run.model.num_params():,} parameters, {dtype}; {args.data}: {len(batches.sequences):,} sequences "
+        f"of {config.block_size} tokens\n"
         f"each step: {run.world.size} processes x {batches.share // batches.micro_batch_size} micro-batches "
         f"x {batches.micro_batch_size} sequences = {tokens_per_step(run):,} tokens\n"
         f"{run.total_steps:,} steps, {epochs:.2f} epochs" + (f", {done:,} of them done" if done else "") +
@@ -654,7 +655,7 @@ class Log:
         if run.world.rank == 0:
             with cannot_write(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+                if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
                     self.path.open("a").write("\n")     # a killed run left half a row
         self.write(started_at_step=run.state.step, args=vars(run.args), commit=commit(),
                    python=platform.python_version(), torch=torch.__version__)

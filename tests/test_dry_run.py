@@ -36,7 +36,8 @@ def test_a_dry_run_reports_the_size_the_cost_and_the_time_and_writes_nothing(for
     assert says.startswith("training tiny on cpu; nothing is written\n")
     assert not Path("out").exists()
     flops = train.flops_per_token(gpt.GPT(tiny), 16)
-    assert f"{gpt.GPT(tiny).num_params():,} parameters; data/text: 112 sequences of 16 tokens\n" in says
+    n_params = gpt.GPT(tiny).num_params()
+    assert f"{n_params:,} parameters, float32; data/text: 112 sequences of 16 tokens\n" in says
     assert "each step: 1 processes x 1 micro-batches x 4 sequences = 64 tokens\n" in says
     assert f"200 steps, 7.14 epochs; {flops:.2e} FLOPs per token, {flops * 64 * 200:.2e} in all\n" in says
     assert re.search(r"\n[\d,]+ tokens/s; \d+s for all steps, .*; [\d.]+ GB in each process\n$", says)

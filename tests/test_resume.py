@@ -248,7 +248,7 @@ def test_weights_without_an_optimizer_cannot_be_resumed(fails, data):
 
 # ------------------------------------------------------------------------------------------------ scale
 
-def test_a_hundred_billion_tokens_start_within_seconds_and_in_little_memory(data):
+def test_a_hundred_billion_tokens_take_little_memory(data):
     n = 100_000_000_000
     meta = json.loads(Path(data, "meta.json").read_text())
     meta["train"]["tokens"] = n
@@ -260,14 +260,12 @@ def test_a_hundred_billion_tokens_start_within_seconds_and_in_little_memory(data
         pytest.skip(f"this file system has no files of 200 GB: {error}")
     meta["val"]["tokens"] = 1025
     Path(data, "meta.json").write_text(json.dumps(meta))
-    program = ("import time, torch, train\n"
-               "started = time.perf_counter()\n"
+    program = ("import torch, train\n"
                "train.main(['--data', 'data/text', '--block_size', '1024', '--max_steps', '3',\n"
                "            '--batch_size', '1', '--global_batch_size', '1', '--dtype', 'float32'])\n"
-               "print(time.perf_counter() - started, train.peak_memory(torch.device('cpu')))\n")
+               "print(train.peak_memory(torch.device('cpu')))\n")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
-    seconds, memory = map(float, result.stdout.splitlines()[-1].split())
     assert "97,656,249 sequences of 1024 tokens" in result.stdout
-    assert seconds < 30 and memory < 2e9
+    assert int(result.stdout.splitlines()[-1]) < 2e9
