@@ -118,8 +118,7 @@ def learning_rate(step, total_steps, warmup_steps, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon", [AdamW, Muon], where Muon trains the matrices of the blocks and AdamW
-    everything else.
+    """Returns [AdamW] or, for "muon", [AdamW, Muon]: Muon trains the matrices of the blocks, AdamW the rest.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square: each weight moves by about the learning rate, however large its
