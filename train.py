@@ -287,7 +287,7 @@ class Run:
 
 
 def train(run, told_to_stop):
-    """The training loop, from run.state to run.total_steps or until one of the ranks is told to stop."""
+    """The training loop, from run.state to run.total_steps, or until a rank gets a signal to stop."""
     args, world, state = run.args, run.world, run.state
     while True:
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
@@ -297,7 +297,7 @@ def train(run, told_to_stop):
         lr = learning_rate(state.step, run.total_steps, run.warmup_steps, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
-        # One exchange: the mean loss of all ranks, and whether any of them is told to stop.
+        # One exchange: the mean loss of all ranks, and whether any of them has to stop.
         loss, stop = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         state.skipped = 0 if taken else state.skipped + 1
