@@ -393,8 +393,9 @@ class World:
 
     def close(self):
         if self.size > 1:
-            for _ in range(1000):       # Python crashes if a thread of gloo still holds a sum when it ends
-                time.sleep(0.001 if self.sums else 0)
+            patience = time.monotonic() + 1
+            while self.sums and time.monotonic() < patience:
+                time.sleep(0.001)       # Python crashes if a thread of gloo still holds a sum when it ends
             dist.destroy_process_group()
 
 
@@ -487,15 +488,16 @@ def peak_memory(device):
 # ------------------------------------------------------------------------------------- a run
 
 def save(run, name):
-    """Writes a checkpoint. last.pt gets all that a resumed run needs."""
+    """Writes a checkpoint, on rank 0. last.pt gets all that a resumed run needs."""
+    if run.world.rank > 0:
+        return
     meta = {"args": vars(run.args), "identity": identity(run), "data": run.data, **asdict(run.state)}
     if name == "last.pt":
         meta["optimizers"] = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
         meta["scaler"], meta["processes"] = run.scaler.state_dict(), run.world.size
-    if run.world.rank == 0:
-        path = Path(run.args.out, name)
-        with cannot_write(path):
-            save_checkpoint(path, run.model, meta)
+    path = Path(run.args.out, name)
+    with cannot_write(path):
+        save_checkpoint(path, run.model, meta)
 
 
 def epoch_to_keep(offset, global_batch_size, n_sequences, keep_epochs):
