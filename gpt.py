@@ -9,15 +9,16 @@ B batch (sequences side by side), T time (positions in a sequence), C channels (
 each position), H attention heads, D head size (H * D = C), V vocabulary size. A token is a number below V,
 made from text by prepare.py. wte and wpe are token and position embeddings: OpenAI's names throughout.
 
-Each formula is written out and followed by a fused kernel, which computes the same in fewer passes over
-memory: GPT(config) runs the kernels, GPT(config, fused=False) the formulas. Tests hold the two equal.
+GPT(config, fused=False) runs the formulas as they stand here, GPT(config) the fused kernels beside them,
+which compute the same in fewer passes over memory. Tests hold the two equal.
 Left out: training (train.py), text (prepare.py, sample.py), and everything invented after GPT-2.
 """
 
 import math
 import os
+import re
 import zipfile
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -41,12 +42,11 @@ class GPTConfig:
     tied: bool = True           # whether lm_head is the token embedding, transposed
 
     def __post_init__(self):
-        wanted = {int: "a whole number above 0", float: "at least 0 and below 1", bool: "true or false"}
-        fits = {int: lambda x: x > 0, float: lambda x: 0 <= x < 1, bool: lambda x: True}
-        for name, value in asdict(self).items():
-            kind = GPTConfig.__annotations__[name]
-            if type(value) is not kind or not fits[kind](value):
-                raise ModelError(f"{name} must be {wanted[kind]}, not {value!r}")
+        for name, size in asdict(self).items():
+            if name not in ("dropout", "bias", "tied") and (type(size) is not int or size < 1):
+                raise ModelError(f"{name} must be a whole number above 0, not {size!r}")
+        if type(self.dropout) is not float or not 0 <= self.dropout < 1:
+            raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
@@ -84,29 +84,38 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPSILON)
 
 
-class CausalSelfAttention(nn.Module):
-    """The only place where positions exchange information (Vaswani et al. 2017,
-    https://arxiv.org/abs/1706.03762).
+def attention(q, k, v, dropout):
+    """softmax(q k^T / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). The T queries
+    are the last of the S positions (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
 
-    Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
-    on?). The dot product of a query and a key, their score, says how well they match. A softmax turns a
-    query's scores into weights that add up to 1; its output is the weighted mean of the values. If the
-    entries of queries and keys have variance 1, a score, the sum of D products, has variance D: divided by
-    sqrt(D), it has variance 1 again. Otherwise the softmax would put nearly all weight on one position. H
-    heads do this side by side, each on D channels.
+    The dot product of a query and a key, their score, says how well they match. A softmax turns a query's
+    scores into weights that add up to 1, and the result is the weighted mean of the values. If the entries of
+    queries and keys have variance 1, a score, the sum of D products, has variance D. Divided by sqrt(D), it
+    has variance 1 again; otherwise the softmax would put nearly all weight on one position.
 
-    Causal: a position attends to itself and to earlier ones. A mask of minus infinity, weight 0 after the
-    softmax, hides the others (x). Here for T = 3 positions, and for T = 2 positions after 3 cached ones:
+    The mask is causal: a position attends to itself and to earlier ones. Later ones (x) get minus infinity,
+    which the softmax turns into a weight of 0. Here for 3 positions, and for 2 after 3 cached ones:
 
                     key 0  1  2                           key 0  1  2  3  4
         query 0         .  x  x            query 3            .  .  .  .  x
         query 1         .  .  x            query 4            .  .  .  .  .
         query 2         .  .  .
     """
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                         # (B, H, T, D) -> (B, H, T, S)
+    mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
+    weights = F.dropout((scores + mask).softmax(-1), dropout)
+    return weights @ v                                                      # (B, H, T, S) -> (B, H, T, D)
+
+
+class CausalSelfAttention(nn.Module):
+    """The only place where positions exchange information. Each position makes a query (what am I looking
+    for?), a key (what do I have?) and a value (what do I pass on?). H heads attend side by side, each with D
+    of the C channels."""
 
     def __init__(self, config, fused):
         super().__init__()
-        self.fused = fused
+        self.attention = fused_attention if fused else attention
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -119,22 +128,9 @@ class CausalSelfAttention(nn.Module):
                    for part in self.c_attn(x).split(C, dim=2))              # (B, T, C) -> three (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)                                       # T becomes S: cached and new
-        y = self.attend(q, k, v)
+        y = self.attention(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)                              # (B, H, T, D) -> (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
-
-    def attend(self, q, k, v):
-        """q (B, H, T, D), k and v (B, H, S, D) -> softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D). The T
-        queries are the last of the S positions."""
-        T, S, D = q.shape[2], k.shape[2], q.shape[3]
-        dropout = self.dropout if self.training else 0.0
-        if not self.fused or formula_is_faster(q, self.training):
-            scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                 # (B, H, T, D) -> (B, H, T, S)
-            mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
-            weights = F.dropout((scores + mask).softmax(-1), dropout)
-            return weights @ v                                              # (B, H, T, S) -> (B, H, T, D)
-        assert T == S or T == 1     # is_causal is the mask on the left; one new position sees all cached ones
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
 
 
 class MLP(nn.Module):
@@ -305,7 +301,7 @@ def next_token(logits, temperature, top_k, top_p, generator):
 # format, devices and dtypes.
 
 class ModelError(ValueError):
-    """Raised when a model cannot be built, loaded or run here. The message says in one line why."""
+    """A model that cannot be built, loaded or run here. The message says in one line why."""
 
 
 def num_params(model):
@@ -314,15 +310,22 @@ def num_params(model):
     return sum(p.numel() for p in model.parameters()) - padding * (1 if model.config.tied else 2)
 
 
-def formula_is_faster(q, training):
-    """On a CPU, the backward pass of fused attention is slow for short sequences in bfloat16."""
-    return training and q.shape[2] <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16
+# ------------------------------------------------------------------------------- fast kernels
+
+def fused_attention(q, k, v, dropout):
+    """attention(q, k, v, dropout) by a kernel of PyTorch's, which never holds all scores."""
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    assert T == S or T == 1     # is_causal is the mask on the left; one new position sees all cached ones
+    if torch.is_grad_enabled() and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attention(q, k, v, dropout)      # the kernel's backward pass is slow there
+    if q.device.type == "cuda":     # older GPUs need a multiple of 8; zeros change nothing
+        q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=1 / math.sqrt(D))
+    return y[..., :D]
 
 
-# ------------------------------------------------------------------------------- chunked loss
 
-LOGITS_AT_ONCE = 2 ** 26    # 128 MiB in bfloat16
-ROWS_AT_ONCE = 2048         # so that sums over rows stay below float16's limit of 65,504
+ROWS_AT_ONCE = 1024     # with GPT-2's vocabulary, 100 MB of logits in bfloat16
 
 
 def chunked_cross_entropy(x, weight, targets, vocab_size):
@@ -343,9 +346,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         if with_gradients:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        n_rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // weight.shape[0]))
-        for start in range(0, x.shape[0], n_rows):
-            rows = slice(start, start + n_rows)
+        for start in range(0, x.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
             logits = F.linear(x[rows], weight)                              # (rows, C) -> (rows, padded V)
             logits[:, vocab_size:] = -math.inf                              # padding gets no probability
             log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
@@ -410,11 +412,6 @@ def load_checkpoint(path):
 
 # ------------------------------------------------------------------------------- Hugging Face
 
-CONFIG_NAMES = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
-                "n_head": "n_head", "n_embd": "n_embd",
-                "dropout": "resid_pdrop", "tied": "tie_word_embeddings"}
-
-
 def weight_pairs(model, theirs):
     """Yields (a weight of a GPT, the same weight of a GPT2LMHeadModel) as views of one shape: like OpenAI's
     release, theirs stores linear layers as (in, out), and has no padding."""
@@ -426,25 +423,19 @@ def weight_pairs(model, theirs):
         yield ours, weight.T if transposed else weight
 
 
-def quiet_transformers():
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
 @torch.no_grad()
 def save_pretrained(model, folder):
     """Writes a folder for transformers.GPT2LMHeadModel.from_pretrained. Needs the package transformers."""
-    transformers = quiet_transformers()
+    import transformers
+    transformers.logging.disable_progress_bar()
     config, end_of_text = model.config, model.config.vocab_size - 1
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        **{name: getattr(config, ours) for ours, name in CONFIG_NAMES.items()},
-        n_inner=config.mlp_ratio * config.n_embd, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
-        bos_token_id=end_of_text, eos_token_id=end_of_text,
-        bias=config.bias))      # a name of ours: theirs always has biases, which stay 0 if ours has none
+        n_positions=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+        n_head=config.n_head, n_embd=config.n_embd, n_inner=config.mlp_ratio * config.n_embd,
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        tie_word_embeddings=config.tied, bos_token_id=end_of_text, eos_token_id=end_of_text))
     for ours, weight in weight_pairs(model, theirs):
-        weight.copy_(ours)
+        weight.copy_(ours)      # theirs always has biases, which stay 0 if ours has none
     theirs.save_pretrained(folder)
 
 
@@ -452,7 +443,8 @@ def save_pretrained(model, folder):
 def from_pretrained(source):
     """Loads a GPT-2 of Hugging Face onto the CPU, in evaluation mode: a folder, or a name on their hub (gpt2,
     owner/name). Raises ModelError if it cannot be had or is not a GPT-2. Needs the package transformers."""
-    transformers = quiet_transformers()
+    import transformers
+    transformers.logging.disable_progress_bar()
     try:
         config, gpt2 = transformers.AutoConfig.from_pretrained(source), transformers.GPT2Config()
         for name in ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
@@ -461,19 +453,16 @@ def from_pretrained(source):
                 raise ModelError(f"its {name} is {found!r}, not {expected!r}")
         theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True)
-        for problem in ("missing", "unexpected"):
-            if names := sorted(report[f"{problem}_keys"]):
-                raise ModelError(f"it has {problem} weights, such as {names[0]}")
-        sizes = {ours: getattr(config, name) for ours, name in CONFIG_NAMES.items()}
-        sizes["dropout"] = float(sizes["dropout"])
-        bias = any(weight.any() for name, weight in theirs.named_parameters() if name.endswith("bias"))
-        model = GPT(GPTConfig(**sizes, mlp_ratio=(config.n_inner or 4 * config.n_embd) // config.n_embd,
-                              bias=bias or getattr(config, "bias", True)))
+        if names := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
+            raise ModelError(f"it has other weights: see {names[0]}")
+        model = GPT(GPTConfig(
+            block_size=config.n_positions, vocab_size=config.vocab_size, n_layer=config.n_layer,
+            n_head=config.n_head, n_embd=config.n_embd, dropout=float(config.resid_pdrop),
+            tied=config.tie_word_embeddings,
+            mlp_ratio=(config.n_inner or 4 * config.n_embd) // config.n_embd))
         for ours, weight in weight_pairs(model, theirs):
             ours.copy_(weight)
         return model.eval()
-    except MemoryError:
-        raise
     except ModelError as error:
         raise ModelError(f"{source} is not a GPT-2: {error}") from error
     except Exception as error:      # whatever else goes wrong here is the folder's fault, or the hub's
@@ -517,6 +506,17 @@ def choose_dtype(name, device):
     except RuntimeError as error:
         raise ModelError(f"{name} does not run on this {device.type}: use --dtype float32") from error
     return dtype
+
+
+@contextmanager
+def out_of_memory(advice):
+    """Turns the errors by which a CPU or a GPU runs out of memory into a ModelError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            raise ModelError(f"out of memory: {advice}") from error
+        raise
 
 
 def mixed_precision(device, dtype):

@@ -20,18 +20,17 @@ import gzip
 import http.client
 import io
 import json
-import math
 import os
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 import urllib.request
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -81,49 +80,26 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
     """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
     The result does not depend on workers, the number of threads (None: one per core). Raises UserError if
     something is wrong with a source; the folder is then left as it was."""
+    workers = workers or os.cpu_count()
     parts = tokenizer_parts(tokenizer_name)
+    # One for each thread, as threads that share one wait for each other.
+    tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
+        encoded = in_order(encode, zip(cycle(tokenizers), batches(pieces)), workers)
         with open(new / "train.bin", "wb") as file:
-            n_tokens = sum(file.write(tokens) // TOKEN.itemsize
-                           for tokens in encode_in_parallel(parts, batches(pieces), workers))
+            n_tokens = sum(file.write(tokens) for tokens in encoded) // TOKEN.itemsize
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
         n_train = int(n_tokens * (1 - val_fraction))
         np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
-        tokenizer = tiktoken.Encoding(**parts)
-        meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab}
+        meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizers[0].n_vocab}
         for split in ("train", "val"):
-            meta[split] = statistics(new / f"{split}.bin", tokenizer, workers)
+            meta[split] = statistics(new / f"{split}.bin", tokenizers[0], workers)
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
-
-
-def encode_in_parallel(parts, batches, workers):
-    """Yields encode(batch) for each batch, in order. Threads use all cores, as tiktoken releases Python's
-    global lock; each has a tokenizer of its own, as threads that share one wait for each other."""
-    own = threading.local()
-
-    def start():
-        own.tokenizer = tiktoken.Encoding(**parts)
-
-    return in_order(lambda batch: encode(own.tokenizer, batch), batches, workers, start)
-
-
-def in_order(function, items, workers, start=None):
-    """Like map(function, items), but on several threads, which each call start() first. Items are read only a
-    few ahead, so that memory does not grow with their number."""
-    workers = workers or os.cpu_count()
-    with ThreadPoolExecutor(workers, initializer=start) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def batches(pieces):
@@ -139,6 +115,19 @@ def batches(pieces):
         yield batch
 
 
+def in_order(function, items, workers):
+    """Yields function(*item) for each item, in order, computed by threads on all cores, as tiktoken and NumPy
+    release Python's global lock. Reads only a few items ahead, so memory does not grow with their number."""
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, *item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
 def statistics(path, tokenizer, workers):
     """Counts a token file's documents, bytes of text and tokens. CRC-32 tells apart files with equal
     counts."""
@@ -150,7 +139,8 @@ def statistics(path, tokenizer, workers):
         tokens = np.fromfile(path, TOKEN, CHUNK, offset=start)
         return tokens, np.bincount(tokens, minlength=tokenizer.n_vocab)
 
-    for tokens, part in in_order(count, range(0, path.stat().st_size, CHUNK * TOKEN.itemsize), workers):
+    starts = range(0, path.stat().st_size, CHUNK * TOKEN.itemsize)
+    for tokens, part in in_order(count, zip(starts), workers):
         counts += part
         crc32 = zlib.crc32(tokens, crc32)
     return {"documents": int(counts[tokenizer.eot_token]), "bytes": int(counts @ bytes_of),
@@ -169,8 +159,8 @@ def load_tokens(folder, split):
 
 
 # ================================================================================== plumbing
-# A first reading may stop here. Below: where text comes from, its formats, meta.json, and what the command
-# lines of all three programs share.
+# A first reading may stop here. Below: where text comes from, its formats, the data folder, and what the
+# command lines of all three programs share.
 
 class UserError(ValueError):
     """A mistake of the user's. The message says in one line what is wrong and what to do."""
@@ -183,41 +173,6 @@ def download_errors(name):
     except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
         raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
                         "folder that has it, or use --tokenizer bytes, which needs no download") from error
-
-
-@contextmanager
-def new_folder(folder):
-    """Gives an empty folder inside this one, whose files move to this one at the end, meta.json last. After
-    an exception, the folder is as it was before."""
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix="tmp") as new:
-            yield Path(new)
-            (folder / "meta.json").unlink(missing_ok=True)
-            for name in ("train.bin", "val.bin", "meta.json"):
-                os.replace(Path(new, name), folder / name)
-    except BaseException:
-        if not existed:
-            folder.rmdir()
-        raise
-
-
-def load_meta(folder):
-    """Returns the meta.json of a data folder, a dictionary. Raises UserError if it is missing or damaged."""
-    path = Path(folder, "meta.json")
-    if not path.is_file():
-        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py first")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        units = ("documents", "bytes", "tokens")
-        counts = [meta[split][unit] for split in ("train", "val") for unit in units]
-        if (meta["format"] == FORMAT and meta["vocab_size"] == TOKENIZERS[meta["tokenizer"]]
-                and all(type(n) is int and n >= 0 for n in counts)):
-            return meta
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{path} is damaged, half-written, or of another version: run prepare.py again")
 
 
 # ------------------------------------------------------------------------------------ sources
@@ -273,45 +228,46 @@ def download(url, folder):
     return path
 
 
-def read_pieces(files, sample_size=None):
+def read_pieces(files, sample_size):
     """Yields (text, whether the document ends here), in order, until sample_size documents have ended, with
-    little of a file in memory at a time. Reports progress."""
-    with closing(Progress(files, sample_size)) as progress:
-        for path in files:
-            for text, ends_document, position in read_file(path):
-                yield text, ends_document
-                progress.show(position, ends_document)
-                if progress.documents == sample_size:
-                    return
-            progress.finished += size(path)
+    little of a file in memory at a time. Reports every ten seconds how far it is."""
+    n_documents, last = 0, time.monotonic()
+    for path in files:
+        for text, ends_document in read_file(path):
+            yield text, ends_document
+            n_documents += ends_document
+            if n_documents == sample_size:
+                return
+            if time.monotonic() > last + 10:
+                print(f"{n_documents:,} documents, reading {path}", file=sys.stderr)
+                last = time.monotonic()
 
 
 def read_file(path):
-    """Yields (text, whether the document ends here, the position in the file in bytes)."""
-    if is_table(path):
-        yield from ((text, True, 0) for text in read_table(path))
+    """Yields (text, whether the document ends here)."""
+    name = str(path).lower()
+    if isinstance(path, str) or name.endswith(".parquet"):
+        yield from read_table(path)
         return
-    name = path.name.lower()
-    read = read_jsonl if name.removesuffix(".gz").endswith(".jsonl") else read_text
-    with open(path, "rb") as raw:
+    with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")     # without a byte order mark
         try:
-            for text, ends_document in read(gzip.open(raw) if name.endswith(".gz") else raw, path):
-                yield text, ends_document, raw.tell()
+            yield from (read_jsonl if ".jsonl" in name[-9:] else read_text)(text, path)
+        except UnicodeDecodeError as error:
+            offset = file.tell() - len(error.object) + error.start
+            raise UserError(f"{path} is not UTF-8 at byte {offset:,}: convert it, or leave it out") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path} is damaged or not a gzip file ({error})") from error
 
 
 def read_text(file, path):
-    text, rest = io.TextIOWrapper(file, "utf-8-sig", newline=""), ""        # without a byte order mark
-    try:
-        while block := text.read(CHUNK):
-            block = rest + block
-            cut = last_cut(block)
-            yield block[:cut], False
-            rest = block[cut:]
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, file.tell() - len(error.object) + error.start) from error
-    if file.tell():
+    rest = None
+    while block := file.read(CHUNK):
+        block = (rest or "") + block
+        cut = last_cut(block)
+        yield block[:cut], False
+        rest = block[cut:]
+    if rest is not None:
         yield rest, True
 
 
@@ -323,63 +279,101 @@ def last_cut(text):
     return next((i for i in cuts if text[i] in " \n" and not text[i - 1].isspace()), len(text))
 
 
-def read_jsonl(file, path):
-    offset = 0
-    for line_number, line in enumerate(file, start=1):
-        try:
-            text = json.loads(line.decode("utf-8").lstrip("\ufeff"))["text"] if line.strip() else ""
-        except UnicodeDecodeError as error:
-            raise not_utf8(path, offset + error.start) from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {line_number} is not JSON") from error
-        except (KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(f'{path}, line {line_number} has no "text": lines must be like {{"text": "..."}}')
-        if b"\\u" in line:    # JSON may contain half a surrogate pair, which is not a character
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if text:
-            yield text, True
-        offset += len(line)
+def read_jsonl(lines, path):
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number} is not JSON") from error
+            yield from read_row(row, f"{path}, line {number}")
 
 
-def is_table(file):
-    """Whether the package datasets reads it: a parquet file, or a dataset of the hub."""
-    return isinstance(file, str) or file.name.lower().endswith(".parquet")
-
-
-def read_table(file):
-    from datasets import load_dataset
+def read_table(source):
+    """Reads a parquet file, or a dataset of the hub. Needs the package datasets."""
+    import datasets
+    datasets.logging.set_verbosity(50)      # what it would log, it also raises
     try:
-        if isinstance(file, str):
-            name, _, subset = file.removeprefix("hf:").partition(":")
-            rows = load_dataset(name, subset or None, split="train", streaming=True)
+        name, _, subset = str(source).removeprefix("hf:").partition(":")
+        if isinstance(source, str):
+            rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         else:
-            rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        for row_number, row in enumerate(rows, start=1):
-            if not isinstance(row.get("text"), str):
-                raise UserError(f'{file}, row {row_number} has no "text", only {", ".join(row)}')
-            if row["text"]:
-                yield row["text"]
+            rows = datasets.load_dataset("parquet", data_files=str(source), split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield from read_row(row, f"{source}, row {number}")
     except UserError:
         raise
     except Exception as error:      # whatever else goes wrong in the library
-        raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{source} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def not_utf8(path, offset):
-    return UserError(f"{path} is not UTF-8 at byte {offset:,}: convert the file, or leave it out")
+def read_row(row, where):
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise UserError(f'{where} has no "text": each must be like {{"text": "..."}}')
+    if row["text"]:     # in which JSON may have half a surrogate pair, which is not a character
+        yield row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+
+
+# ---------------------------------------------------------------------------- the data folder
+
+@contextmanager
+def new_folder(folder):
+    """Gives an empty folder inside this one, whose files move to this one at the end, meta.json last. After
+    an exception, the folder is as it was before."""
+    existed = folder.exists()
+    with held(folder):
+        try:
+            with tempfile.TemporaryDirectory(dir=folder, prefix="tmp") as new:
+                yield Path(new)
+                (folder / "meta.json").unlink(missing_ok=True)
+                for name in ("train.bin", "val.bin", "meta.json"):
+                    os.replace(Path(new, name), folder / name)
+        except BaseException:
+            if not existed:
+                folder.rmdir()
+            raise
+
+
+@contextmanager
+def held(folder):
+    """Makes a folder and holds it, so that no other process can. However this process ends, the system lets
+    go of it. Raises UserError if another one holds it."""
+    os.makedirs(folder, exist_ok=True)
+    descriptor = None
+    try:
+        import fcntl        # Windows does not have it, and lets two processes write
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing to {folder}: wait for it, or choose another") from error
+    except (ImportError, OSError):      # so does a disk that has no locks
+        pass
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def load_meta(folder):
+    """Returns the meta.json of a data folder, a dictionary. Raises UserError if it is missing or damaged."""
+    path = Path(folder, "meta.json")
+    if not path.is_file():
+        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py first")
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        units = ("documents", "bytes", "tokens")
+        counts = [meta[split][unit] for split in ("train", "val") for unit in units]
+        if (meta["format"] == FORMAT and meta["vocab_size"] == TOKENIZERS[meta["tokenizer"]]
+                and all(type(n) is int and n >= 0 for n in counts)):
+            return meta
+    raise UserError(f"{path} is damaged, half-written, or of another version: run prepare.py again")
 
 
 # ------------------------------------------------------------------------------ command lines
 
 class Parser(argparse.ArgumentParser):
     """argparse, but the help shows each default, and a mistake takes one line."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        with suppress(AttributeError):      # in a notebook, stdout is of another kind
-            sys.stdout.reconfigure(errors="replace")        # for consoles that do not know all characters
 
     def add_argument(self, *names, **options):
         if options.get("default") not in (None, argparse.SUPPRESS):
@@ -393,13 +387,10 @@ class Parser(argparse.ArgumentParser):
 def checked(kind, fits, description):
     """Makes a type for add_argument: an int or float for which fits(value) holds."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}")
-        return value
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {description}, not {text!r}")
     return parse
 
 
@@ -412,6 +403,8 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 def one_line_errors(*kinds):
     """Ends the program on an exception of these kinds, or if an optional package is not installed, with one
     line and exit status 2, on Ctrl-C with 130."""
+    with suppress(AttributeError):      # in a notebook, stdout is of another kind
+        sys.stdout.reconfigure(errors="replace")        # for consoles that do not know all characters
     try:
         yield
     except (*kinds, ModuleNotFoundError) as error:
@@ -431,39 +424,6 @@ def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
-def size(path):
-    return math.inf if is_table(path) else path.stat().st_size      # nobody knows how long a table is
-
-
-class Progress:
-    """Reports how much has been read: on a terminal in one changing line, else a line every ten seconds."""
-
-    def __init__(self, files, sample_size):
-        self.total, self.sample_size = sum(map(size, files)), sample_size or math.inf
-        self.finished = self.documents = 0      # bytes of files that are finished, documents of all
-        self.terminal = sys.stderr.isatty()
-        self.started = self.shown = time.perf_counter()
-
-    def show(self, position, ends_document):
-        """Takes the position in the current file, in bytes, and whether a document ends there."""
-        self.documents += ends_document
-        now = time.perf_counter()
-        if now - self.shown < (0.2 if self.terminal else 10):
-            return
-        self.shown = now
-        read, seconds = self.finished + position, now - self.started
-        line = f"{self.documents:,} documents"
-        if self.total < math.inf:
-            line += f" | {read / 1e6 / seconds:.1f} MB/s"
-        if done := max(read / self.total, self.documents / self.sample_size):
-            line = f"{done:4.0%} | {line} | {duration(seconds / done - seconds)} left"
-        print(f"\r{line}\033[K" if self.terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
-
-    def close(self):
-        if self.terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def default_name(source):

@@ -23,8 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -37,8 +36,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt import DTYPES, GPT, MODELS, ModelError, choose_device, choose_dtype, load_checkpoint, mixed_precision
-from gpt import save_checkpoint
-from prepare import Parser, UserError, checked, duration, get_tokenizer, load_meta, load_tokens
+from gpt import out_of_memory, save_checkpoint
+from prepare import Parser, UserError, checked, duration, get_tokenizer, held, load_meta, load_tokens
 from prepare import one_line_errors, positive_float, positive_int, seed_int
 from sample import complete, load_model
 
@@ -235,7 +234,9 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
             loss = model(*sequences.read(indices, world.device)).item()
         total, squares, batches = total + len(indices) * loss, squares + len(indices) * loss ** 2, batches + 1
     total, squares, batches = world.sum(total, squares, batches)
-    return total / count, standard_error(total, squares, batches, count)
+    mean = total / count
+    variance_of_mean = max(0.0, squares / count - mean ** 2) / (batches - 1) if batches > 1 else math.nan
+    return mean, math.sqrt(variance_of_mean)
 
 
 def evaluate_and_save(run):
@@ -252,8 +253,8 @@ def evaluate_and_save(run):
         run.state.best_val_loss = loss
         save(run, "best.pt")
     show_sample_and_curves(run)
-    run.log.restart_clock(run.state.step)
     run.model.train()
+    run.log.last = run.state.step, time.perf_counter()      # so that tokens/s are those of training alone
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -276,7 +277,7 @@ class Run:
     state: State
     args: argparse.Namespace            # the flags
     world: object                       # the ranks
-    data: dict                          # meta.json of the data folder
+    data: dict                          # meta.json
     batches: Batches
     val_sequences: Sequences
     autocast: object
@@ -284,6 +285,7 @@ class Run:
     warmup_steps: int = 0
     wrapped_model: object = None        # model as it is trained, maybe compiled and in DDP
     log: object = None
+    saved_at: float = 0.0               # when last.pt was written
 
 
 def train(run, told_to_stop):
@@ -307,9 +309,7 @@ def train(run, told_to_stop):
         if state.step == 1 or state.step % args.log_interval == 0:
             run.log.training(state.step, epoch=state.offset / len(run.batches.sequences), loss=loss, lr=lr,
                              grad_norm=grad_norm, loss_scale=run.scaler.get_scale())
-        if epoch := epoch_to_keep(state.offset, args.global_batch_size, len(run.batches.sequences),
-                                  args.keep_epochs):
-            save(run, f"epoch_{epoch:04}.pt")
+        save_if_due(run)
         if stop:
             break
     save(run, "last.pt")    # again, as the last evaluation may have changed best_val_loss
@@ -319,11 +319,11 @@ def train(run, told_to_stop):
 
 
 # ================================================================================== plumbing
-# A first reading may stop here: the training above is complete. Below: processes, stopping and resuming, how
-# a run is set up, its log and curves, and its flags.
+# A first reading may stop here: the training above is complete. Below: ranks and signals, safeguards, how a
+# run is set up and resumed, its log and curves, its flags.
 
-SKIPS_IN_A_ROW = 20                     # float16 steps that may be skipped before the run ends
-MANY_EPOCHS = 40                        # beyond this, data is worth little (Muennighoff et al. 2023)
+SKIPS_IN_A_ROW = 20     # float16 steps that may be skipped before the run ends
+SAVE_SECONDS = 600      # most time between two versions of last.pt
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before it gives up
 
 # Defaults of a model, or of --init. parse_args puts them between the parser's and the flags that are given.
@@ -333,22 +333,22 @@ RECIPES = {
     "init": {"epochs": 3.0, "lr": 5e-5},
     "other": {"epochs": 20.0},
 }
-
-# Flags that override the sizes of --model.
-SIZES = {"n_layer": "number of blocks", "n_head": "attention heads per block", "n_embd": "width, C",
-         "block_size": "tokens per sequence", "dropout": "share of activations zeroed in training"}
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")        # of --model, which flags can change
 
 
-# --------------------------------------------------------------------- processes and signals
+# ------------------------------------------------------------------------- ranks and signals
 
 class World:
-    """The processes that train together, and all their communication. This one is number `rank` of `size`,
-    and computes on `device`; a single one is a world of size 1. Raises UserError if there are too few
-    GPUs."""
+    """The ranks that train together, and all their communication. This one is number `rank` of `size`, and
+    computes on `device`; a single process is a world of size 1. Raises UserError if they cannot start."""
+    sums = None
 
     def __init__(self, device):
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device, self.sums = device, weakref.WeakSet()
+        self.rank, self.size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        self.device = device
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if self.rank >= self.size or (self.size > 1 and not all(map(os.environ.get, names))):
+            raise UserError(f"{', '.join(names)} are not as torchrun sets them: use torchrun, or unset them")
         if device.type == "mps" and self.size > 1:
             raise UserError("several processes cannot share an Apple GPU: leave out torchrun")
         if device.type == "cuda":
@@ -364,60 +364,59 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
                                     rank=self.rank, world_size=self.size, timeout=PATIENCE)
 
-    def wrap(self, model, example, autocast):
+    def wrap(self, model, ids, autocast):
         """Returns the model to train: with several ranks, DDP, which averages their gradients in backward."""
         if self.size == 1:
             return model
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # After its first backward pass, DDP puts the gradients into another order, in which three or more
-        # ranks round their sums differently. A resumed run would do so at another step; so each begins with a
-        # pass.
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # After its first backward pass, DDP adds up gradients in another order. A resumed run would do so at
+        # another step, and round differently: so each run begins with a pass that counts for nothing.
         with autocast:
-            loss = wrapped(*example)
+            loss = model(ids, ids)
         loss.backward()
-        wrapped.zero_grad()
-        return wrapped
+        model.zero_grad()
+        return model
 
     def sum(self, *numbers):
         """Returns a list: each number, summed over all ranks."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
-            self.sums.add(tensor)
             dist.all_reduce(tensor)
+            World.sums = tensor     # Python may crash at its end if a thread of gloo is the last to hold it
         return tensor.tolist()
 
     def print(self, text):
         if self.rank == 0:
-            with suppress(OSError):     # whoever read this may have gone, but the run continues
+            with suppress(OSError, ValueError):     # nobody can read it any more, but the run continues
                 print(text, flush=True)
 
     def close(self):
         if self.size > 1:
-            patience = time.monotonic() + 1
-            while self.sums and time.monotonic() < patience:
-                time.sleep(0.001)       # Python crashes if a thread of gloo still holds a sum when it ends
             dist.destroy_process_group()
 
 
 @contextmanager
 def stop_signal():
-    """Gives a function that says whether Ctrl-C or SIGTERM has come, so that a run can stop cleanly. A second
-    Ctrl-C is a KeyboardInterrupt, as usual."""
+    """Gives a function that says whether Ctrl-C, SIGTERM or SIGHUP (the terminal closes) has come, so that a
+    run can stop cleanly. A second Ctrl-C stops at once."""
     received = []
 
-    def receive(name, frame):
-        received.append(name)
+    def receive(number, frame):
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if os.environ.get("RANK", "0") == "0":
             with suppress(OSError):     # not print, which the signal may have interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
-    handlers = {name: signal.signal(name, receive) for name in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in signal.valid_signals()
+               if getattr(number, "name", None) in ("SIGINT", "SIGTERM", "SIGHUP")
+               and signal.getsignal(number) != signal.SIG_IGN]      # so that under nohup, a run continues
+    handlers = {number: signal.signal(number, receive) for number in numbers}
     try:
         yield lambda: bool(received)
     finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------- safeguards
@@ -438,28 +437,6 @@ def check_tokens(ids, vocab_size):
                         f"{vocab_size - 1}: run prepare.py again")
 
 
-@contextmanager
-def cannot_write(path):
-    """Turns an OSError into a UserError that names the file and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): fix that, or choose another --out; what "
-                        "was saved before can be resumed") from error
-
-
-def standard_error(total, squares, batches, count):
-    """The standard error of a mean loss over `count` sequences, from the sums over batches of size * loss and
-    size * loss^2. Returns None if there is one batch.
-
-    The mean of a batch varies by variance / size, where variance is that of one sequence's loss. So the sum
-    of size * (loss - mean)^2 over all batches estimates (batches - 1) * variance."""
-    if batches == 1:
-        return None
-    variance = max(0.0, squares - total ** 2 / count) / (batches - 1)
-    return math.sqrt(variance / count)
-
-
 def seed_dropout(seed, step, rank):
     """Makes dropout depend on nothing but these three, in particular not on what this process did before."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
@@ -474,160 +451,131 @@ def keep_freed_memory():
         mallopt(-1, -1)     # M_TRIM_THRESHOLD: what is freed stays
 
 
-def peak_memory(device):
-    """Returns the most memory in bytes that this process has held so far: tensors on a GPU, all of it on a
-    CPU with Linux. Elsewhere returns 0."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, ValueError):
-        words = Path("/proc/self/status").read_text().split()
-        return 1024 * int(words[words.index("VmHWM:") + 1])
-    return 0
-
-
 # ------------------------------------------------------------------------------------- a run
+
+def set_up(args, world, dtype, saved):
+    """Returns the Run that the flags ask for, from its checkpoint, (model, meta), if there is one. Raises
+    UserError if they do not fit the data, the checkpoint or the number of ranks."""
+    data = load_meta(args.data)
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    torch.manual_seed(args.seed)
+    if saved:
+        model = saved[0]
+    elif args.init:
+        model = load_initial(args.init, data, sizes)
+    else:
+        model = GPT(replace(MODELS[args.model], vocab_size=data["vocab_size"], **sizes))
+    model = model.to(world.device).train()
+    vars(args).update({**asdict(model.config), **sizes})        # what --resume must find unchanged
+    args.stride = args.stride or args.block_size
+    args.global_batch_size = args.global_batch_size or args.batch_size * world.size
+    if args.global_batch_size % world.size:
+        raise UserError(f"--global_batch_size {args.global_batch_size} is not a multiple of {world.size}, "
+                        "the number of processes: change one of them")
+    sequences = load_sequences(args, "train", args.stride, data["vocab_size"])
+    batches = Batches(sequences, args.global_batch_size, args.batch_size, args.seed, world)
+    run = Run(model, make_optimizers(args.optimizer, model, args.weight_decay, world.device, dtype),
+              torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16), State(),
+              args, world, data, batches, load_sequences(args, "val", args.block_size, data["vocab_size"]),
+              mixed_precision(world.device, dtype))
+    if saved:
+        restore(run, saved[1])
+    if world.sum(run.state.step) != [run.state.step * world.size]:
+        raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
+    left = math.ceil(((args.epochs or 0) * len(sequences) - run.state.offset) / args.global_batch_size)
+    run.total_steps = args.max_steps or run.state.step + max(0, left)
+    run.warmup_steps = round(args.warmup * run.total_steps)
+    compiled = torch.compile(model) if args.compile else model
+    ids = torch.zeros(batches.micro_batch_size, args.block_size, dtype=torch.int64, device=world.device)
+    run.wrapped_model = world.wrap(compiled, ids, run.autocast)
+    run.saved_at = time.monotonic()
+    return run
+
+
+def load_initial(source, data, sizes):
+    """Returns the model that --init begins with: it may get another dropout and a shorter block_size. Raises
+    UserError if it cannot read this data, or would have other sizes."""
+    model, tokenizer = load_model(source)
+    if tokenizer != data["tokenizer"]:
+        raise UserError(f"{source} needs the tokenizer {tokenizer}: run prepare.py again with --tokenizer "
+                        f"{tokenizer}")
+    longest = model.config.block_size
+    if sizes.keys() - {"dropout", "block_size"} or sizes.get("block_size", 0) > longest:
+        raise UserError("--init has sizes of its own: leave out --n_layer, --n_head, --n_embd and a "
+                        f"--block_size above {longest:,}")
+    weights = model.state_dict()
+    weights["wpe.weight"] = weights["wpe.weight"][:sizes.get("block_size")]
+    model = GPT(replace(model.config, **sizes))
+    model.load_state_dict(weights)
+    return model
+
+
+def load_sequences(args, split, stride, vocab_size):
+    tokens = load_tokens(args.data, split)
+    if len(tokens) <= args.block_size:
+        raise UserError(f"{args.data}/{split}.bin has only {len(tokens):,} tokens and a sequence needs "
+                        f"{args.block_size + 1:,}: prepare more text, or lower --block_size")
+    return Sequences(tokens, args.block_size, stride, vocab_size)
+
 
 def save(run, name):
     """Writes a checkpoint, on rank 0. last.pt gets all that a resumed run needs."""
     if run.world.rank > 0:
         return
-    meta = {"args": vars(run.args), "identity": identity(run), "data": run.data, **asdict(run.state)}
+    meta = {"args": vars(run.args), "data": run.data, **asdict(run.state)}
     if name == "last.pt":
         meta["optimizers"] = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
-        meta["scaler"], meta["processes"] = run.scaler.state_dict(), run.world.size
-    path = Path(run.args.out, name)
-    with cannot_write(path):
-        save_checkpoint(path, run.model, meta)
+        meta["scaler"] = run.scaler.state_dict()
+        run.saved_at = time.monotonic()
+    save_checkpoint(Path(run.args.out, name), run.model, meta)
 
 
-def epoch_to_keep(offset, global_batch_size, n_sequences, keep_epochs):
-    """Returns the epoch, a multiple of keep_epochs, that the step up to this offset has completed, or 0."""
-    before, now = (at // n_sequences // keep_epochs * keep_epochs
-                   for at in (offset - global_batch_size, offset))
-    return now if now > before else 0
+def save_if_due(run):
+    """Saves last.pt every ten minutes, and a checkpoint to keep every --keep_epochs epochs."""
+    n_sequences = run.args.keep_epochs * len(run.batches.sequences)
+    kept = run.state.offset // n_sequences
+    if kept > (run.state.offset - run.args.global_batch_size) // n_sequences:
+        save(run, f"epoch_{kept * run.args.keep_epochs:04}.pt")
+    if time.monotonic() > run.saved_at + SAVE_SECONDS:
+        save(run, "last.pt")
 
 
-def set_up(args, world, saved):
-    """Returns the Run that the flags ask for, from its checkpoint, (model, meta), if there is one."""
-    data, dtype = load_meta(args.data), choose_dtype(args.dtype, world.device)
-    model = saved[0] if saved else load_initial(args.init, data) if args.init else None
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    config = MODELS[args.model] if args.model else model.config
-    config = replace(config, vocab_size=data["vocab_size"], **sizes)
-    if not saved:
-        torch.manual_seed(args.seed)
-        model = resized(model, config) if args.init else GPT(config)
-    model = model.to(world.device).train()
-    args.stride = args.stride or config.block_size
-    args.global_batch_size = args.global_batch_size or args.batch_size * world.size
-    if args.global_batch_size % world.size:
-        raise UserError(f"--global_batch_size {args.global_batch_size} is not a multiple of {world.size}, "
-                        "the number of processes: change one of them")
-    sequences = load_sequences(args.data, "train", config, args.stride)
-    batches = Batches(sequences, args.global_batch_size, args.batch_size, args.seed, world)
-    run = Run(model, make_optimizers(args.optimizer, model, args.weight_decay, world.device, dtype),
-              torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16), State(),
-              args, world, data, batches, load_sequences(args.data, "val", config, config.block_size),
-              mixed_precision(world.device, dtype))
-    if saved:
-        restore(run, config, saved[1])
-    if world.sum(run.state.step) != [run.state.step * world.size]:
-        raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
-    sequences_left = (args.epochs or 0) * len(sequences) - run.state.offset
-    run.total_steps = args.max_steps or run.state.step + max(
-        0, math.ceil(sequences_left / args.global_batch_size))
-    run.warmup_steps = round(args.warmup * run.total_steps)
-    example = torch.zeros(2, batches.micro_batch_size, config.block_size, dtype=torch.int64)
-    run.wrapped_model = world.wrap(
-        torch.compile(model) if args.compile else model, example.to(world.device), run.autocast)
-    return run
-
-
-def load_initial(source, data):
-    model, tokenizer = load_model(source)
-    if tokenizer != data["tokenizer"]:
-        raise UserError(f"{source} needs the tokenizer {tokenizer}: run prepare.py again with --tokenizer "
-                        f"{tokenizer}")
-    return model
-
-
-def resized(model, config):
-    """Returns a model with the same weights, and with the dropout and the block_size of config. Raises
-    UserError if config has another size, or a longer block_size."""
-    longest = model.config.block_size
-    if replace(model.config, block_size=min(longest, config.block_size), dropout=config.dropout) != config:
-        raise UserError("--init has sizes of its own: leave out --n_layer, --n_head, --n_embd and a "
-                        f"--block_size above {longest:,}")
-    weights = model.state_dict()
-    weights["wpe.weight"] = weights["wpe.weight"][:config.block_size]
-    model = GPT(config)
-    model.load_state_dict(weights)
-    return model
-
-
-def load_sequences(folder, split, config, stride):
-    tokens = load_tokens(folder, split)
-    if len(tokens) < config.block_size + 1:
-        raise UserError(f"{folder}/{split}.bin has only {len(tokens):,} tokens and a sequence needs "
-                        f"{config.block_size + 1:,}: prepare more text, or lower --block_size")
-    return Sequences(tokens, config.block_size, stride, config.vocab_size)
-
-
-def identity(run, config=None):
-    """What must not change when a run is resumed: the model, the data, and the order in which it is read."""
-    counts = {f"{split}.{name}": n for split in ("train", "val") for name, n in run.data[split].items()}
-    return {**asdict(config or run.model.config), "tokenizer": run.data["tokenizer"], **counts,
-            "stride": run.args.stride, "seed": run.args.seed, "optimizer": run.args.optimizer}
-
-
-def restore(run, config, meta):
+def restore(run, meta):
     """Continues where a checkpoint ends. Raises UserError if it is of another run."""
-    for name, now in identity(run, config).items():
-        if (then := meta["identity"].get(name)) != now:
-            raise UserError(f"cannot resume: {name} was {then} in that run, but is {now} now")
+    then = identity(meta["args"], meta["data"])
+    for name, now in identity(vars(run.args), run.data).items():
+        if then.get(name) != now:
+            raise UserError(f"cannot resume: {name} was {then.get(name)} in that run, but is {now} now")
     for optimizer, state in zip(run.optimizers, meta["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if run.scaler.is_enabled() and meta["scaler"]:
         run.scaler.load_state_dict(meta["scaler"])
     run.state = State(**{name: meta[name] for name in asdict(run.state)})
-    if meta["processes"] != run.world.size:
-        run.world.print(f"this run had {meta['processes']} processes, and now has {run.world.size}: its "
-                        "steps read the same tokens as before, and may differ in rounding")
+
+
+def identity(args, data):
+    """What must not change when a run is resumed: the model, the data, and the order in which it is read."""
+    counts = {f"{split}.{unit}": n for split in ("train", "val") for unit, n in data[split].items()}
+    names = (*SIZES, "model", "init", "stride", "seed", "optimizer")
+    return {name: args[name] for name in names} | {"tokenizer": data["tokenizer"]} | counts
 
 
 def describe(run):
-    """Prints what this run will be, and warns of what is unusual."""
-    args, config, batches, done = run.args, run.model.config, run.batches, run.state.step
-    epochs = (run.state.offset + (run.total_steps - done) * args.global_batch_size) / len(batches.sequences)
-    flops = flops_per_token(run.model, config.block_size)
-    dtype = str(choose_dtype(args.dtype, run.world.device)).removeprefix("torch.")
-    # last.pt has the weights and two averages of their gradients, and is there twice while it is written.
-    disk = 4 * run.model.num_params() * (2 * 3 + 1 + int(epochs) // args.keep_epochs)
+    """Prints what this run will do."""
+    args, batches, sequences, done = run.args, run.batches, run.batches.sequences, run.state.step
+    epochs = (run.state.offset + (run.total_steps - done) * args.global_batch_size) / len(sequences)
     run.world.print(
-        f"{run.model.num_params():,} parameters, {dtype}; {args.data}: {len(batches.sequences):,} sequences "
-        f"of {config.block_size} tokens\n"
+        f"{run.model.num_params():,} parameters; {args.data}: {len(sequences):,} sequences of "
+        f"{sequences.block_size} tokens\n"
         f"each step: {run.world.size} processes x {batches.share // batches.micro_batch_size} micro-batches "
         f"x {batches.micro_batch_size} sequences = {tokens_per_step(run):,} tokens\n"
-        f"{run.total_steps:,} steps, {epochs:.2f} epochs" + (f", {done:,} of them done" if done else "") +
-        f"; {flops:.2e} FLOPs per token, {flops * tokens_per_step(run) * run.total_steps:.2e} in all\n"
-        f"up to {disk / 1e9:,.2f} GB of checkpoints in {args.out}")
+        f"{run.total_steps:,} steps, {epochs:.2f} epochs" + (f", {done:,} of them done" if done else ""))
     if done >= run.total_steps:
         run.world.print("all steps are done: --max_steps or --epochs, with more of them, trains on")
-    if epochs > MANY_EPOCHS:
-        run.world.print(f"warning: the data will be seen {epochs:.0f} times, and after some {MANY_EPOCHS} it "
-                        "teaches nothing new: prepare more, or lower --epochs or --max_steps")
 
 
 def tokens_per_step(run):
-    return run.args.global_batch_size * run.model.config.block_size
-
-
-def flops_per_token(model, length):
-    """Floating-point operations to train on one token of a sequence of this length: 6 for each weight it is
-    multiplied with (2 forward, 4 backward), and 12 * length * C for each layer's attention (Chowdhery et al.
-    2022, https://arxiv.org/abs/2204.02311, appendix B)."""
-    weights = sum(p.numel() for p in model.h.parameters() if p.dim() == 2) + model.lm_head.weight.numel()
-    return 6 * weights + 12 * length * model.config.n_embd * model.config.n_layer
+    return run.args.global_batch_size * run.batches.sequences.block_size
 
 
 def dry_run(run, n_steps=5):
@@ -644,56 +592,73 @@ def dry_run(run, n_steps=5):
                     f"evaluations; {peak_memory(run.world.device) / 1e9:.2f} GB in each process")
 
 
+def peak_memory(device):
+    """Returns the most memory in bytes that this process has held so far: tensors on a GPU, all of it on a
+    CPU with Linux. Elsewhere returns 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, ValueError):
+        words = Path("/proc/self/status").read_text().split()
+        return 1024 * int(words[words.index("VmHWM:") + 1])
+    return 0
+
+
 # ---------------------------------------------------------------------------- log and curves
 
 class Log:
-    """Prints lines and appends rows, JSON objects, to log.jsonl, if this is rank 0. The first row says how
-    the run was made."""
+    """Prints lines and appends rows, JSON objects, to log.jsonl, on rank 0. The first row says how the run
+    was made."""
 
     def __init__(self, run):
-        self.run, self.path = run, Path(run.args.out, "log.jsonl")
-        self.tracker = start_tracker(run.args) if run.args.wandb and run.world.rank == 0 else None
-        if run.world.rank == 0:
-            with cannot_write(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
-                    self.path.open("a").write("\n")     # a killed run left half a row
-        self.write(started_at_step=run.state.step, args=vars(run.args), commit=commit(),
+        self.run, self.path, self.tracker = run, Path(run.args.out, "log.jsonl"), None
+        self.failed = set()
+        if run.world.rank == 0 and self.path.exists() and self.path.read_bytes()[-1:] != b"\n":
+            self.path.open("a").write("\n")     # a killed run left half a row
+        if run.world.rank == 0 and run.args.wandb:
+            import wandb
+            with self.decoration("wandb"):
+                self.tracker = wandb.init(project="smallgpt", name=self.path.parent.name,
+                                          config=vars(run.args), dir=run.args.out)
+        self.write("", started_at_step=run.state.step, args=vars(run.args), commit=commit(),
                    python=platform.python_version(), torch=torch.__version__)
-        self.first_step, self.started = run.state.step, time.perf_counter()
-        self.restart_clock(run.state.step)
-
-    def restart_clock(self, step):
-        """Tokens per second are counted from here, so that evaluations do not count."""
-        self.clock_step, self.clock = step, time.perf_counter()
+        self.start = self.last = run.state.step, time.perf_counter()
 
     def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale):
-        now, total_steps = time.perf_counter(), self.run.total_steps
-        memory = peak_memory(self.run.world.device)
-        rate = (step - self.clock_step) * tokens_per_step(self.run) / (now - self.clock)
-        left = (now - self.started) / (step - self.first_step) * (total_steps - step)
-        self.write(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, loss_scale=loss_scale,
-                   tokens_per_second=rate, seconds=now - self.started, memory=memory)
-        scale = f" | loss scale {loss_scale:g}" if loss_scale != 1 else ""
-        held = f" | {memory / 1e9:.1f} GB" if memory else ""
-        self.run.world.print(f"step {step:,}/{total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | "
-                             f"lr {lr:.2e}{scale} | {rate:,.0f} tokens/s{held} | {duration(left)} left")
-        self.restart_clock(step)
+        now, total_steps, (last_step, last) = time.perf_counter(), self.run.total_steps, self.last
+        rate = (step - last_step) * tokens_per_step(self.run) / (now - last)
+        seconds = now - self.start[1]
+        left = duration(seconds / (step - self.start[0]) * (total_steps - step))
+        self.write(f"step {step:,}/{total_steps:,} | epoch {epoch:.2f} | loss {loss:.4f} | lr {lr:.2e} | "
+                   f"{rate:,.0f} tokens/s | {left} left", step=step, epoch=epoch, loss=loss, lr=lr,
+                   grad_norm=grad_norm, loss_scale=loss_scale, tokens_per_second=rate, seconds=seconds)
+        self.last = step, now
 
     def validation(self, step, *, val_loss, val_stderr, bits_per_byte):
-        self.write(step=step, val_loss=val_loss, val_stderr=val_stderr, bits_per_byte=bits_per_byte)
-        error = "" if val_stderr is None else f" ± {val_stderr:.4f}"
-        self.run.world.print(f"step {step:,}/{self.run.total_steps:,} | validation loss "
-                             f"{val_loss:.4f}{error} | {bits_per_byte:.3f} bits per byte")
+        self.write(f"step {step:,}/{self.run.total_steps:,} | validation loss {val_loss:.4f} ± "
+                   f"{val_stderr:.4f} | {bits_per_byte:.3f} bits per byte", step=step, val_loss=val_loss,
+                   val_stderr=val_stderr, bits_per_byte=bits_per_byte)
 
-    def write(self, **row):
-        """Appends a row. JSON has no infinity and no NaN: they become null."""
+    def write(self, line, **row):
+        """Prints the line and appends the row. JSON has no infinity and no NaN: they become null."""
         row = {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in row.items()}
         if self.run.world.rank == 0:
-            with cannot_write(self.path), open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        if self.tracker and "step" in row:
-            self.tracker.log(row, step=row["step"])
+        if self.tracker and line:
+            with self.decoration("wandb"):
+                self.tracker.log(row, step=row["step"])
+        if line:
+            self.run.world.print(line)
+
+    @contextmanager
+    def decoration(self, name):
+        """For what training does not need: its first failure is reported, and training continues."""
+        try:
+            yield
+        except Exception as error:
+            if name not in self.failed:
+                self.run.world.print(f"warning: no {name} ({type(error).__name__}: {error})")
+            self.failed.add(name)
 
 
 def commit():
@@ -703,59 +668,40 @@ def commit():
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def start_tracker(args):
-    """Returns a new run of Weights & Biases. Raises UserError if it cannot begin. Needs the package wandb."""
-    import wandb
-    try:
-        return wandb.init(project="smallgpt", name=Path(args.out).name, config=vars(args), dir=args.out)
-    except wandb.Error as error:
-        raise UserError(f"--wandb fails ({error}): run wandb login, or set WANDB_MODE=offline") from error
-
-
 def show_sample_and_curves(run):
     if run.world.rank == 0:
-        parts = complete(run.model, get_tokenizer(run.data["tokenizer"]), "", 150, temperature=0.8, top_k=50)
-        text = "".join(added for [added] in parts)
-        run.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
-        with suppress(ModuleNotFoundError):     # matplotlib is optional
-            draw_curves([Path(run.args.out, "log.jsonl")], Path(run.args.out, "curves.png"))
+        with run.log.decoration("sample"):
+            tokenizer = get_tokenizer(run.data["tokenizer"])
+            parts = complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50)
+            text = "".join(added for [added] in parts)
+            run.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
+        with run.log.decoration("curves"):
+            draw_curves(run.args.out)
 
 
-def read_log(path, name):
-    """Returns the rows of a log that have this name, {step: row}, in order. A resumed run may have taken a
-    step twice: then its last row counts."""
-    rows = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError, TypeError, KeyError):     # a killed run leaves half a line
-                row = json.loads(line)
-                if name in row:
-                    rows[row["step"]] = row
-    return dict(sorted(rows.items()))
-
-
-def draw_curves(log_paths, picture_path):
-    """Draws the losses and learning rates of one or several runs. Needs the package matplotlib."""
+def draw_curves(out):
+    """Draws the losses and learning rates of a run into curves.png. Needs the package matplotlib."""
     from matplotlib.figure import Figure
+    rows = {}       # a resumed run may have taken a step twice: then its last row counts
+    for line in Path(out, "log.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError):     # a killed run leaves half a line
+            row = json.loads(line)
+            rows["val_loss" in row, row["step"]] = row
 
-    def column(rows, name):
-        return np.array([row[name] for row in rows.values()], dtype=float)      # null becomes NaN
+    def curve(name):
+        steps = sorted((row["step"], row[name]) for row in rows.values() if name in row)
+        return np.array(steps, dtype=float).reshape(-1, 2).T        # null becomes NaN
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    losses.set(title="Loss", ylabel="nats per token")
+    losses.set(title=str(out).replace("$", r"\$"), ylabel="loss in nats per token")
     rates.set(ylabel="learning rate", xlabel="step")
-    for i, path in enumerate(log_paths):
-        name, colour = str(Path(path).parent).replace("$", r"\$"), f"C{i}"
-        training, validation = read_log(path, "loss"), read_log(path, "val_loss")
-        losses.plot(training.keys(), column(training, "loss"), color=colour, alpha=0.5,
-                    label=f"{name}: training")
-        losses.errorbar(validation.keys(), column(validation, "val_loss"), column(validation, "val_stderr"),
-                        color=colour, linestyle="--", marker=".", capsize=3,
-                        label=f"{name}: validation, ± standard error")
-        rates.plot(training.keys(), column(training, "lr"), color=colour)
+    losses.plot(*curve("loss"), alpha=0.5, label="training")
+    losses.errorbar(*curve("val_loss"), curve("val_stderr")[1], marker=".", capsize=3,
+                    label="validation, ± standard error")
+    rates.plot(*curve("lr"))
     losses.legend()
-    figure.savefig(picture_path, dpi=120)
+    figure.savefig(Path(out, "curves.png"), dpi=120)
 
 
 # ------------------------------------------------------------------------------------- flags
@@ -775,9 +721,11 @@ def make_parser():
     start.add_argument("--model", choices=MODELS, help="(default: gpt2-92m with a CUDA GPU, otherwise nano)")
     start.add_argument("--init", metavar="MODEL", help="begin with the weights of a file train.py wrote, "
                        "of a folder in Hugging Face's format, or of a name on their hub, such as gpt2")
-    for name, meaning in SIZES.items():
-        kind = share if name == "dropout" else positive_int
-        add(f"--{name}", type=kind, help=f"{meaning} (default: the model's)")
+    add("--n_layer", type=positive_int, help="number of blocks (default: the model's)")
+    add("--n_head", type=positive_int, help="attention heads per block (default: the model's)")
+    add("--n_embd", type=positive_int, help="width, C (default: the model's)")
+    add("--block_size", type=positive_int, help="tokens per sequence (default: the model's)")
+    add("--dropout", type=share, help="share of activations zeroed in training (default: the model's)")
     add("--stride", type=positive_int, help="tokens between the starts of sequences (default: block_size)")
     add("--batch_size", type=positive_int, default=16, help="most sequences per process and micro-batch")
     add("--global_batch_size", type=positive_int, help="sequences per step (default: batch_size x processes)")
@@ -801,9 +749,7 @@ def make_parser():
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="train through torch.compile, which takes a minute first")
-    add("--dry_run", action="store_true", help="estimate time, memory and disk; write nothing")
-    add("--plot", nargs="+", metavar="RUN",
-        help="draw the curves of these folders into one picture, curves.png, and exit")
+    add("--dry_run", action="store_true", help="estimate time and memory; write nothing")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add("--seed", type=seed_int, default=1337, help="of the first weights, the order of data, and dropout")
     add("--max_minutes", type=positive_float, help="stop cleanly after so long, as Ctrl-C does")
@@ -811,64 +757,64 @@ def make_parser():
 
 
 def parse_args(argv):
-    """Returns the flags, the names of those that were given, and the checkpoint to continue, (model, meta),
-    or None. Raises UserError if a new run would overwrite an earlier one."""
+    """Returns the flags, and the checkpoint to continue, (model, meta), or None. A flag that is not given is
+    that of the run to continue, else of the recipe, else of the parser. Raises UserError if a new run would
+    overwrite an earlier one."""
     parser = make_parser()
-    values = vars(parser.parse_args(argv))
-    without_defaults = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(values))))
-    given = {name: value for name, value in without_defaults.items() if value is not None}
-    out = values["out"] or str(Path("out", os.path.basename(os.path.abspath(values["data"]))))
+    given = parser.parse_args(argv)
+    out = given.out or str(Path("out", os.path.basename(os.path.abspath(given.data))))
     last, saved = Path(out, "last.pt"), None
-    if last.exists() and values["resume"]:
+    if last.exists() and given.resume:
         saved = load_checkpoint(last)
         if "optimizers" not in saved[1]:
             raise UserError(f"{last} cannot be resumed: it has weights, but not the state of an optimizer")
         defaults = {**saved[1]["args"], "device": None, "dry_run": False}
-    elif last.exists() and not values["dry_run"] and not values["plot"]:
+    elif last.exists() and not given.dry_run:
         raise UserError(f"{last} is from an earlier run: --resume continues it, another --out keeps it")
-    elif values["init"]:
+    elif given.init:
         defaults = RECIPES["init"]
     else:
-        model = values["model"] or ("gpt2-92m" if choose_device(values["device"]).type == "cuda" else "nano")
+        model = given.model or ("gpt2-92m" if choose_device(given.device).type == "cuda" else "nano")
         defaults = {"model": model, **RECIPES.get(model, RECIPES["other"])}
-    # The parser's defaults, then those of the run or the recipe, then what was given: the last one counts.
-    args = argparse.Namespace(**{**values, **defaults, **given, "out": out})
-    if "epochs" in given:
-        args.max_steps = None       # otherwise, it comes first
-    return args, set(given), saved
+    if given.epochs:
+        defaults = {**defaults, "max_steps": None}      # otherwise, max_steps comes first
+    parser.set_defaults(**{**defaults, "out": out})
+    return parser.parse_args(argv), saved
 
 
 @record     # so that torchrun's report says which rank failed, and why
-def start(argv, signalled):
-    args, given, saved = parse_args(argv)
-    if args.plot:
-        picture = Path(args.plot[0] if len(args.plot) == 1 else "", "curves.png")
-        draw_curves([Path(folder, "log.jsonl") for folder in args.plot], picture)
-        print(f"wrote {picture}")
-        return
+def start(argv):
+    args, saved = parse_args(argv)
     world = World(choose_device(args.device))
     try:
-        found = "a" if world.device.type == "cuda" else "no"
-        why = "" if saved or given & {"model", "init", "device"} else f", as there is {found} CUDA GPU"
+        dtype = choose_dtype(args.dtype, world.device)
+        gpu = "a" if torch.cuda.is_available() else "no"
         writes = "nothing is written" if args.dry_run else f"writing to {args.out}"
-        world.print(f"training {args.init or args.model} on {world.device.type}{why}; {writes}")
+        world.print(f"training {args.init or args.model} on {world.device.type} in {str(dtype)[6:]} (there "
+                    f"is {gpu} CUDA GPU here); {writes}")
         keep_freed_memory()
-        run = set_up(args, world, saved)
+        run = set_up(args, world, dtype, saved)
         del saved       # its memory is needed no more
         describe(run)
         if args.dry_run:
             dry_run(run)
             return
-        run.log = Log(run)
-        deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
-        train(run, lambda: signalled() or time.monotonic() > deadline)
+        with held(args.out) if world.rank == 0 else nullcontext():
+            run.log = Log(run)
+            deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
+            with stop_signal() as signalled:
+                train(run, lambda: signalled() or time.monotonic() > deadline)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or args.out} ({error.strerror}): fix that, or choose "
+                        "another --out; what was saved before can be resumed") from error
     finally:
         world.close()
 
 
 def main(argv=None):
-    with stop_signal() as signalled, one_line_errors(UserError, ModelError, OSError):
-        start(sys.argv[1:] if argv is None else argv, signalled)
+    advice = "lower --batch_size, or choose a smaller --model or --block_size"
+    with one_line_errors(UserError, ModelError, OSError), out_of_memory(advice):
+        start(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,12 @@ def test_two_ranks_train_the_same_model_as_one_process_and_report_its_losses_onc
     assert lines[0] == lines[1]
 
 
-def test_two_ranks_continue_with_the_tokens_of_one_process_and_say_so(data):
+def test_two_ranks_continue_with_the_tokens_of_one_process(data):
     flags = ["--batch_size", 2, "--global_batch_size", 8, *CONSTANT_RATE]
     train(1, *flags, "--out", "out/whole", "--max_steps", 6)
     train(1, *flags, "--max_steps", 2)
-    two = train(2, *flags, "--max_steps", 4, "--resume")
-    assert "this run had 1 processes, and now has 2: its steps read the same tokens as before" in two
-    one = train(1, *flags, "--max_steps", 6, "--resume")
-    assert "this run had 2 processes, and now has 1: its steps read the same tokens as before" in one
+    train(2, *flags, "--max_steps", 4, "--resume")
+    train(1, *flags, "--max_steps", 6, "--resume")
     # A loss says which tokens were read: those of two steps differ by much more than rounding.
     whole = losses("out/whole")
     assert len(whole) == 6 and min(abs(a - b) for a, b in itertools.combinations(whole, 2)) > 1e-4
