@@ -466,8 +466,9 @@ def from_pretrained(source):
     except ModelError as error:
         raise ModelError(f"{source} is not a GPT-2: {error}") from error
     except Exception as error:      # whatever else goes wrong here is the folder's fault, or the hub's
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(f"{source} is neither a folder with a GPT-2 in Hugging Face's format nor a model "
-                         f"that could be had from their hub ({type(error).__name__})") from error
+                         f"that could be had from their hub ({reason})") from error
 
 
 GPT.num_params, GPT.save_pretrained = num_params, save_pretrained

@@ -21,6 +21,8 @@ import http.client
 import io
 import json
 import os
+import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -30,7 +32,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +51,7 @@ def tokenizer_parts(name):
     """Returns what tiktoken.Encoding(**parts) needs for "bytes" (256 bytes and <|endoftext|>) or "gpt2".
 
     mergeable_ranks maps the bytes of each token to its number. pat_str is a regular expression that first
-    cuts text into words, and no token crosses a word's end. special_tokens stand for no text: where a
-    document has "<|endoftext|>" written in it, that is encoded like any other text."""
+    cuts text into words, and no token crosses a word's end. special_tokens stand for no text."""
     if name == "bytes":
         return {"name": "bytes", "pat_str": r"[\s\S]", "mergeable_ranks": {bytes([i]): i for i in range(256)},
                 "special_tokens": {"<|endoftext|>": 256}}
@@ -64,11 +65,12 @@ def get_tokenizer(name):
     return tiktoken.Encoding(**tokenizer_parts(name))
 
 
-def encode(tokenizer, pieces):
-    """Encodes a list of (text, whether the document ends here). Returns the tokens, uint16."""
+def encode(tokenizer, special, pieces):
+    """Encodes a list of (text, whether the document ends here). Returns the tokens, uint16. special is a set:
+    {"<|endoftext|>"} makes those written in a text end documents, too."""
     tokens = []
     for text, ends_document in pieces:
-        tokens.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
+        tokens.append(tokenizer.encode_to_numpy(text, allowed_special=special, disallowed_special=()))
         if ends_document:
             tokens.append(np.array([tokenizer.eot_token], TOKEN))
     return np.concatenate(tokens, dtype=TOKEN)
@@ -76,7 +78,7 @@ def encode(tokenizer, pieces):
 
 # -------------------------------------------------------------------------------- token files
 
-def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1, workers=None):
+def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1, special=(), workers=None):
     """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
     The result does not depend on workers, the number of threads (None: one per core). Raises UserError if
     something is wrong with a source; the folder is then left as it was."""
@@ -86,16 +88,17 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
     tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
-        pieces = read_pieces(files, sample_size)
-        encoded = in_order(encode, zip(cycle(tokenizers), batches(pieces)), workers)
+        pieces = read_pieces(files, sample_size, special)
+        work = zip(cycle(tokenizers), repeat(set(special)), batches(pieces))
         with open(new / "train.bin", "wb") as file:
-            n_tokens = sum(file.write(tokens) for tokens in encoded) // TOKEN.itemsize
+            n_tokens = sum(map(file.write, in_order(encode, work, workers))) // TOKEN.itemsize
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
         n_train = int(n_tokens * (1 - val_fraction))
         np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
-        meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizers[0].n_vocab}
+        meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizers[0].n_vocab,
+                "made_from": made_from(sources, sample_size, val_fraction, special)}
         for split in ("train", "val"):
             meta[split] = statistics(new / f"{split}.bin", tokenizers[0], workers)
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -189,6 +192,8 @@ NAMED_SOURCES = {
 def find_files(source, folder):
     """Returns the files that a SOURCE stands for, sorted; one that has to be downloaded is put into the
     folder. A dataset of the hub is returned as it is, a string. Raises UserError if there are none."""
+    if source in ("python", *NAMED_SOURCES) and os.path.exists(source):
+        print(f"{source} is a short name: write ./{source} for the file or folder here", file=sys.stderr)
     source = str(NAMED_SOURCES.get(source, source))
     path, is_url = Path(source), source.startswith(("https://", "http://"))
     if source.startswith("hf:"):
@@ -199,11 +204,14 @@ def find_files(source, folder):
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
         return sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts))
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if is_text(file.name) and file.is_file()
-                       and not any(part.startswith(".") for part in file.relative_to(path).parts))
-        if not files:
+        files = walk(path, {path.resolve()})
+        taken = sorted(file for file in files if is_text(file.name))
+        if not taken:
             raise UserError(f"{source} contains no file that ends in {', '.join(SUFFIXES)}")
-        return files
+        if others := {file.suffix for file in files if not is_text(file.name)}:
+            print(f"{source}: {len(taken)} files; {len(files) - len(taken)} others are left out, ending in "
+                  f"{', '.join(sorted(others))}", file=sys.stderr)
+        return taken
     if not is_url and not path.exists():
         raise UserError(f"there is no {source}: a SOURCE is a file, a folder, a URL, hf:OWNER/NAME, python, "
                         f"{' or '.join(NAMED_SOURCES)}")
@@ -214,6 +222,17 @@ def find_files(source, folder):
 
 def is_text(name):
     return name.lower().endswith(SUFFIXES)
+
+
+def walk(folder, within=()):
+    """Returns all files in a folder and its subfolders, linked ones too, but no hidden ones."""
+    files = []
+    for entry in folder.iterdir():
+        if entry.is_file() and not entry.name.startswith("."):
+            files.append(entry)
+        elif entry.is_dir() and not entry.name.startswith(".") and entry.resolve() not in within:
+            files += walk(entry, {*within, entry.resolve()})
+    return files
 
 
 def download(url, folder):
@@ -228,19 +247,28 @@ def download(url, folder):
     return path
 
 
-def read_pieces(files, sample_size):
+def read_pieces(files, sample_size, special):
     """Yields (text, whether the document ends here), in order, until sample_size documents have ended, with
-    little of a file in memory at a time. Reports every ten seconds how far it is."""
-    n_documents, last = 0, time.monotonic()
+    little of a file in memory at a time. Reports every ten seconds how far it is, and what is odd."""
+    n_documents, n_nulls, last = 0, 0, time.monotonic()
     for path in files:
         for text, ends_document in read_file(path):
+            if text is None:
+                n_nulls += 1
+                continue
             yield text, ends_document
             n_documents += ends_document
+            if special == [] and "<|endoftext|>" in text:
+                special = None      # once is enough
+                print(f"{path} has <|endoftext|> written in it: with --endoftext, that ends a document",
+                      file=sys.stderr)
             if n_documents == sample_size:
                 return
             if time.monotonic() > last + 10:
                 print(f"{n_documents:,} documents, reading {path}", file=sys.stderr)
                 last = time.monotonic()
+    if n_nulls:
+        print(f"skipped {n_nulls:,} documents whose text is null", file=sys.stderr)
 
 
 def read_file(path):
@@ -290,28 +318,33 @@ def read_jsonl(lines, path):
 
 
 def read_table(source):
-    """Reads a parquet file, or a dataset of the hub. Needs the package datasets."""
-    import datasets
-    datasets.logging.set_verbosity(50)      # what it would log, it also raises
+    """Reads a parquet file, or a dataset of the hub. Needs the packages pyarrow and datasets."""
     try:
-        name, _, subset = str(source).removeprefix("hf:").partition(":")
         if isinstance(source, str):
+            import datasets
+            name, _, subset = source.removeprefix("hf:").partition(":")
             rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         else:
-            rows = datasets.load_dataset("parquet", data_files=str(source), split="train", streaming=True)
+            from pyarrow.parquet import ParquetFile
+            rows = (row for batch in ParquetFile(source).iter_batches(columns=["text"])
+                    for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield from read_row(row, f"{source}, row {number}")
-    except UserError:
+    except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:      # whatever else goes wrong in the library
         raise UserError(f"{source} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def read_row(row, where):
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    """Yields (text, True), text None where it is null, and nothing where it is empty."""
+    text = row.get("text", 0) if isinstance(row, dict) else 0
+    if isinstance(text, str):       # in which JSON may have half a surrogate pair, which is not a character
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    elif text is not None:
         raise UserError(f'{where} has no "text": each must be like {{"text": "..."}}')
-    if row["text"]:     # in which JSON may have half a surrogate pair, which is not a character
-        yield row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+    if text != "":
+        yield text, True
 
 
 # ---------------------------------------------------------------------------- the data folder
@@ -322,16 +355,18 @@ def new_folder(folder):
     an exception, the folder is as it was before."""
     existed = folder.exists()
     with held(folder):
+        new = folder / "unfinished"
+        shutil.rmtree(new, ignore_errors=True)      # of a process that was killed
         try:
-            with tempfile.TemporaryDirectory(dir=folder, prefix="tmp") as new:
-                yield Path(new)
-                (folder / "meta.json").unlink(missing_ok=True)
-                for name in ("train.bin", "val.bin", "meta.json"):
-                    os.replace(Path(new, name), folder / name)
-        except BaseException:
-            if not existed:
+            new.mkdir()
+            yield new
+            (folder / "meta.json").unlink(missing_ok=True)
+            for name in ("train.bin", "val.bin", "meta.json"):
+                os.replace(new / name, folder / name)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            if not existed and not any(folder.iterdir()):
                 folder.rmdir()
-            raise
 
 
 @contextmanager
@@ -355,11 +390,17 @@ def held(folder):
             os.close(descriptor)
 
 
+def made_from(sources, *options):
+    """What tells apart data folders of one name, as meta.json has it."""
+    return [[os.path.abspath(source) if os.path.exists(source) else source for source in sources], *options]
+
+
 def load_meta(folder):
     """Returns the meta.json of a data folder, a dictionary. Raises UserError if it is missing or damaged."""
     path = Path(folder, "meta.json")
     if not path.is_file():
-        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py first")
+        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py, or give the "
+                        "folder that has it with --data")
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
         units = ("documents", "bytes", "tokens")
@@ -381,6 +422,8 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message):
+        if "expected one argument" in message:
+            message += ', as in --flag VALUE, or --flag="-VALUE" where that begins with a -'
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 
@@ -403,10 +446,17 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 def one_line_errors(*kinds):
     """Ends the program on an exception of these kinds, or if an optional package is not installed, with one
     line and exit status 2, on Ctrl-C with 130."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:      # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
     with suppress(AttributeError):      # in a notebook, stdout is of another kind
         sys.stdout.reconfigure(errors="replace")        # for consoles that do not know all characters
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:     # as with "| head": nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (*kinds, ModuleNotFoundError) as error:
         message = str(error)
         if isinstance(error, ModuleNotFoundError) and error.name:
@@ -444,21 +494,31 @@ def main(argv=None):
         f"dataset of Hugging Face's hub with a column text, {', '.join(NAMED_SOURCES)}, or python for this "
         "Python's standard library")
     add("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
+    add("--overwrite", action="store_true", help="replace data/NAME even if it was made from something else")
     add("--tokenizer", choices=TOKENIZERS, help="(default: bytes for python, otherwise gpt2)")
+    add("--endoftext", action="store_true", help="<|endoftext|> written in a text ends a document")
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N documents")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
         help="share of the tokens, at the end, that is kept for validation")
-    args = parser.parse_args(argv)
-    folder = Path("data", args.name or default_name(args.sources[0]))
-    tokenizer_name = args.tokenizer or ("bytes" if args.sources == ["python"] else "gpt2")
-    started = time.perf_counter()
     with one_line_errors(UserError, OSError):
-        meta = prepare(args.sources, folder, tokenizer_name, args.sample_size, args.val_fraction)
-    seconds = time.perf_counter() - started
-    documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
-    print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "
-          f"{meta['val']['tokens']:,} for validation, tokenizer {tokenizer_name}\n"
-          f"{duration(seconds)}, {tokens / seconds:,.0f} tokens/s")
+        args = parser.parse_args(argv)
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):       # ends like Ctrl-C, which leaves nothing behind
+                signal.signal(getattr(signal, name), signal.default_int_handler)
+        folder = Path("data", args.name or default_name(args.sources[0]))
+        tokenizer_name = args.tokenizer or ("bytes" if args.sources == ["python"] else "gpt2")
+        options = args.sample_size, args.val_fraction, ["<|endoftext|>"] if args.endoftext else []
+        if (folder / "meta.json").exists() and not args.overwrite:
+            if load_meta(folder).get("made_from") != made_from(args.sources, *options):
+                raise UserError(f"{folder} was made from something else: choose another --name, or add "
+                                "--overwrite, after which its runs cannot be resumed")
+        started = time.perf_counter()
+        meta = prepare(args.sources, folder, tokenizer_name, *options)
+        seconds = time.perf_counter() - started
+        documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
+        print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "
+              f"{meta['val']['tokens']:,} for validation, tokenizer {tokenizer_name}\n"
+              f"{duration(seconds)}, {tokens / seconds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint
+from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint, out_of_memory
 from prepare import TOKENIZERS, Parser, UserError, checked, get_tokenizer, one_line_errors, positive_int
 from prepare import seed_int, tokenizer_parts
 
@@ -79,29 +79,33 @@ def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
             token_probabilities(model, ids, max_new_tokens, tokenizer.eot_token, **options), start=1):
         rivals = [rival for rival in row.topk(min(4, len(row))).indices.tolist() if rival != token][:3]
         line = f"{'>' if i >= n_prompt else ' '} {row[token]:6.1%}  {shown(token):16}"
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
             colour = 32 if row[token] >= 0.5 else 33 if row[token] >= 0.1 else 31       # green, yellow, red
             line = f"\033[{colour}m{line}\033[0m"
         print(line, "  ".join(f"{shown(rival)} {row[rival]:.1%}" for rival in rivals), flush=True)
 
 
 def print_samples(model, tokenizer, prompt, num_samples, **options):
-    """Prints the first sample as it is made, the others after it."""
+    """Prints the first sample as it is made, the others after it, also after Ctrl-C."""
     texts = [prompt] * num_samples
     if num_samples > 1:
         print("--- sample 1 ---")
     print(prompt, end="", flush=True)
-    for added in complete(model, tokenizer, prompt, num_samples=num_samples, **options):
-        print(added[0], end="", flush=True)
-        texts = [text + new for text, new in zip(texts, added, strict=True)]
-    print()
-    for i, text in enumerate(texts[1:], start=2):
-        print(f"--- sample {i} ---\n{text}")
+    try:
+        for added in complete(model, tokenizer, prompt, num_samples=num_samples, **options):
+            print(added[0], end="", flush=True)
+            texts = [text + new for text, new in zip(texts, added, strict=True)]
+    finally:
+        print()
+        for i, text in enumerate(texts[1:], start=2):
+            print(f"--- sample {i} ---\n{text}")
 
 
 def load_model(source):
     """Returns a model on the CPU and the name of its tokenizer, which its vocabulary size tells. The source
-    is a file that train.py wrote, or what GPT.from_pretrained takes. Raises ModelError or UserError."""
+    is a file or folder that train.py wrote, or what GPT.from_pretrained takes. Raises ModelError or
+    UserError."""
+    source = newest_checkpoint(source) or source
     is_file = os.path.isfile(source) or str(source).endswith(".pt")
     model = load_checkpoint(source)[0] if is_file else GPT.from_pretrained(source)
     for name, vocab_size in TOKENIZERS.items():
@@ -128,19 +132,18 @@ def export(model, tokenizer_name, folder):
         model_max_length=model.config.block_size).save_pretrained(folder)
 
 
-def newest_checkpoint():
-    found = sorted(Path("out").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")
-    print(f"sampling from {found[-1]}", file=sys.stderr)
-    return found[-1]
+def newest_checkpoint(*folders):
+    """Returns the best.pt, or else the last.pt, of the run that saved last, or None if there is none."""
+    runs = {path.parent: path for name in ("last.pt", "best.pt") for folder in folders
+            if (path := Path(folder, name)).exists()}
+    return max(runs.values(), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def read_prompt(file):
     """Returns the text of a file, or of standard input for "-"."""
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt in {file} is not UTF-8 at byte {error.start:,}") from error
 
@@ -151,8 +154,8 @@ def parse_args(argv):
     prompt.add_argument("--prompt", default="", help="the text to continue (default: start a new document)")
     prompt.add_argument("--prompt_file", help="a file that contains it, or - for standard input")
     add = parser.add_argument
-    add("--checkpoint", help="a file that train.py wrote, a folder with a GPT-2 in Hugging Face's format, or "
-        "its name on their hub, such as gpt2-xl (default: the newest out/*/best.pt)")
+    add("--checkpoint", help="a file or folder that train.py wrote, a folder with a GPT-2 in Hugging Face's "
+        "format, or its name on their hub, such as gpt2-xl (default: the newest out/*/best.pt)")
     add("--show_probs", action="store_true",
         help="print each token on a line, with its probability and its likeliest rivals")
     add("--export", metavar="FOLDER",
@@ -171,12 +174,18 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    with one_line_errors(UserError, ModelError, OSError):
+    advice = "lower --num_samples, or choose a smaller --checkpoint"
+    with one_line_errors(UserError, ModelError, OSError), out_of_memory(advice):
+        args = parse_args(argv)
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
-        model, tokenizer_name = load_model(args.checkpoint or newest_checkpoint())
+        checkpoint = args.checkpoint or newest_checkpoint(*Path("out").glob("*"))
+        if not checkpoint:
+            raise UserError("there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")
+        if not args.checkpoint:
+            print(f"sampling from {checkpoint}", file=sys.stderr)
+        model, tokenizer_name = load_model(checkpoint)
         if args.export:
             export(model, tokenizer_name, args.export)
             print(f"wrote {args.export}")

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -75,11 +76,10 @@ def epoch_order(n, seed, epoch):
 
 class Batches:
     """batches(offset) returns this rank's share of the global batch at this offset in the order of training:
-    a list of micro-batches (inputs, targets).
-    With n = 10 sequences and 4 of them a step, step 2 (from 0) reads offsets 8 to 11: the last two sequences
-    of epoch 0 and the first two of epoch 1. Ranks and micro-batches only slice this global batch: one rank
-    with four micro-batches reads what four ranks with one each do. All micro-batches are of one size, the
-    largest that batch_size allows."""
+    a list of micro-batches (inputs, targets). With 10 sequences and 4 of them a step, step 2 (from 0) reads
+    offsets 8 to 11: the last two sequences of epoch 0 and the first two of epoch 1. Ranks and micro-batches
+    only slice this global batch: one rank with four micro-batches reads what four ranks with one each do. All
+    micro-batches are of one size, the largest that batch_size allows."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -341,11 +341,10 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")        # of --m
 class World:
     """The ranks that train together, and all their communication. This one is number `rank` of `size`, and
     computes on `device`; a single process is a world of size 1. Raises UserError if they cannot start."""
-    sums = None
 
     def __init__(self, device):
         self.rank, self.size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-        self.device = device
+        self.device, self.sums = device, weakref.WeakSet()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         if self.rank >= self.size or (self.size > 1 and not all(map(os.environ.get, names))):
             raise UserError(f"{', '.join(names)} are not as torchrun sets them: use torchrun, or unset them")
@@ -381,8 +380,8 @@ class World:
         """Returns a list: each number, summed over all ranks."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.size > 1:
+            self.sums.add(tensor)
             dist.all_reduce(tensor)
-            World.sums = tensor     # Python may crash at its end if a thread of gloo is the last to hold it
         return tensor.tolist()
 
     def print(self, text):
@@ -392,6 +391,9 @@ class World:
 
     def close(self):
         if self.size > 1:
+            patience = time.monotonic() + 1
+            while self.sums and time.monotonic() < patience:
+                time.sleep(0.001)       # Python crashes if a thread of gloo still holds a sum when it ends
             dist.destroy_process_group()
 
 

@@ -198,7 +198,7 @@ def test_each_row_of_a_parquet_file_is_a_document():
     parquet("rows.parquet", id=list(range(3000)), text=texts)
     prepare.main(["rows.parquet", "--tokenizer", "bytes"])
     assert text_of("data/rows") == texts
-    prepare.main(["rows.parquet", "--tokenizer", "bytes", "--sample_size", "7"])
+    prepare.main(["rows.parquet", "--tokenizer", "bytes", "--sample_size", "7", "--overwrite"])
     assert text_of("data/rows") == texts[:7]
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 # ------------------------------------------------------------------------------------------------- stops
 
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_continue(data, monkeypatch, capfd, name):
     before = signal.getsignal(name)
     at_step(monkeypatch, 3, lambda model: os.kill(os.getpid(), name))
@@ -48,11 +48,10 @@ def test_a_second_ctrl_c_stops_at_once(data, monkeypatch):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
-@pytest.mark.parametrize("redirection", ["| head -n 5", "2>&1 | head -n 5"])
-def test_a_reader_of_its_output_that_goes_away_does_not_end_a_run(data, redirection):
+def test_a_reader_of_its_output_that_goes_away_does_not_end_a_run(data):
     # As with `| tee`, which Ctrl-C ends, too.
     command = (f"'{sys.executable}' '{ROOT}/train.py' --data {data} --n_layer 1 --n_embd 8 --block_size 16 "
-               f"--max_steps 60 --eval_interval 20 --log_interval 1 --eval_sequences 4 {redirection}")
+               "--max_steps 60 --eval_interval 20 --log_interval 1 --eval_sequences 4 2>&1 | head -n 5")
     subprocess.run(command, shell=True, timeout=100, capture_output=True)
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 60
 

@@ -291,7 +291,7 @@ def test_without_the_vocabulary_the_way_out_is_named(fails, monkeypatch, failure
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("meta.json", None, "contains no prepared data (no meta.json): run prepare.py first"),
+    ("meta.json", None, "contains no prepared data (no meta.json): run prepare.py, or give"),
     ("meta.json", b'{"format": 1, "tok', "meta.json is damaged, half-written, or of another version"),
     ("meta.json", b"[]", "meta.json is damaged, half-written, or of another version"),
     ("meta.json", b"\xff", "meta.json is damaged, half-written, or of another version"),

@@ -1,0 +1,337 @@
+"""What happens outside of a laboratory: odd files and names, streams that close, two processes in one folder,
+memory that runs out, and all the ways in which a session ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, RESUME, ROOT, at_step, log, run
+
+import gpt
+import prepare
+import sample
+import train
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def shell(command, **environment):
+    """Runs a command line in which PYTHON is this one, and the four programs lie in ROOT."""
+    command = command.replace("PYTHON ", f"'{sys.executable}' '{ROOT}'/")
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100,
+                          env={**ENVIRONMENT, **environment})
+
+
+def documents(folder):
+    tokens = [*prepare.load_tokens(folder, "train"), *prepare.load_tokens(folder, "val")]
+    return prepare.get_tokenizer("bytes").decode(tokens).split("<|endoftext|>")[:-1]
+
+
+@pytest.fixture
+def checkpoint(model):
+    Path("out/text").mkdir(parents=True)
+    gpt.save_checkpoint("out/text/best.pt", model, {})
+    return "out/text/best.pt"
+
+
+def failing(*args, **options):
+    raise RuntimeError("broken")
+
+
+# ------------------------------------------------------------------------- what training does not need
+
+@pytest.mark.parametrize("name", ["complete", "get_tokenizer", "draw_curves"])
+def test_a_sample_or_picture_that_fails_is_reported_once(data, monkeypatch, capsys, name):
+    monkeypatch.setattr(train, name, failing)
+    _, meta = run("--max_steps", 4, "--eval_interval", 2)
+    assert meta["step"] == 4 and len([row for row in log() if "val_loss" in row]) == 2
+    assert capsys.readouterr().out.count("(RuntimeError: broken)") == 1
+
+
+def test_a_backend_of_matplotlib_that_is_missing_does_not_end_a_run(data):
+    pytest.importorskip("matplotlib")
+    done = shell(f"PYTHON train.py --data {data} --n_layer 1 --n_embd 8 --block_size 16 --max_steps 2",
+                 MPLBACKEND="module://none.of.these")
+    assert done.returncode == 0, done.stderr
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["init", "log"])
+@pytest.mark.usefixtures("bare")
+def test_a_tracker_that_fails_does_not_end_a_run(data, monkeypatch, name):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(wandb if name == "init" else wandb.Run, name, failing)
+    assert run("--max_steps", 2, "--wandb")[1]["step"] == 2
+
+
+# -------------------------------------------------------------------------------------------- folders
+
+@pytest.mark.skipif(not Path("/dev/shm").exists(), reason="needs a second file system, /dev/shm")
+def test_data_may_lie_on_another_disk():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        Path("data").mkdir()
+        Path("data/books").symlink_to(other)
+        Path("books.txt").write_text("one")
+        prepare.main(["books.txt", "--tokenizer", "bytes"])
+        assert documents("data/books") == ["one"]
+        Path("more.jsonl").write_text('{"text": "two"}\nno JSON')
+        with pytest.raises(prepare.UserError):
+            prepare.prepare(["more.jsonl"], "data/books", "bytes")
+        assert documents("data/books") == ["one"] and len(os.listdir(other)) == 3
+
+
+def test_a_target_that_cannot_be_written_is_found_before_the_work(fails, monkeypatch):
+    Path("books.txt").write_text("one")
+    Path("data").mkdir()
+    Path("data/books").touch()
+    monkeypatch.setattr(prepare, "find_files", failing)
+    fails(prepare.main, ["books.txt", "--tokenizer", "bytes"], "File exists: 'data/books'")
+
+
+def test_a_folder_is_held_by_one_process_and_free_again_however_that_ends(fails, data):
+    holder = subprocess.Popen([sys.executable, "-c", "import prepare, time\nwith prepare.held('out/text'), "
+                               "prepare.held('data/text'): print(flush=True); time.sleep(99)"],
+                              stdout=subprocess.PIPE, env=ENVIRONMENT)
+    holder.stdout.readline()
+    fails(train.main, [*QUICK, "--out", "out/text"], "another process is writing to out/text: wait for it")
+    fails(prepare.main, ["text.txt", "--tokenizer", "bytes", "--overwrite"], "is writing to data/text")
+    assert not list(Path("out/text").iterdir())
+    holder.kill()
+    holder.wait()
+    assert run("--max_steps", 1)[1]["step"] == 1
+    prepare.main(["text.txt", "--tokenizer", "bytes", "--overwrite"])
+
+
+def test_other_data_are_not_overwritten_unless_that_is_asked_for(fails):
+    for text in ("books.txt", "books/a.txt"):
+        Path(text).parent.mkdir(exist_ok=True)
+        Path(text).write_text(text)
+    prepare.main(["books.txt", "--tokenizer", "bytes"])
+    prepare.main(["books.txt", "--tokenizer", "bytes"])     # the same again is no loss
+    for flags in (["books"], ["books.txt", "--sample_size", "1"], ["books.txt", "--val_fraction", "0.2"]):
+        fails(prepare.main, [*flags, "--tokenizer", "bytes"], "data/books was made from something else")
+    assert documents("data/books") == ["books.txt"]
+    prepare.main(["books", "--tokenizer", "bytes", "--overwrite"])
+    assert documents("data/books") == ["books/a.txt"]
+
+
+def test_a_file_with_a_short_name_is_not_passed_over_in_silence(monkeypatch, capsys):
+    Path("shakespeare").mkdir()
+    monkeypatch.setattr(prepare, "download", failing)
+    with pytest.raises(RuntimeError):
+        prepare.main(["shakespeare", "--tokenizer", "bytes"])
+    assert "write ./shakespeare for the file or folder here" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- documents
+
+@pytest.mark.parametrize("name", [
+    "part[0].txt", "part*.jsonl", "part[0].parquet", "pa{r,}t?.parquet", "[0]/a.txt"])
+def test_a_name_is_a_name_and_not_a_pattern(name):
+    for path in (name, "part0.parquet", "part0.txt", "0/a.txt"):
+        text = "right" if path == name else "wrong"
+        Path(path).parent.mkdir(exist_ok=True)
+        if path.endswith(".parquet"):
+            pytest.importorskip("datasets").Dataset.from_dict({"text": [text]}).to_parquet(path)
+        else:
+            Path(path).write_text(json.dumps({"text": text}) if path.endswith(".jsonl") else text)
+    prepare.prepare([name], "data/part", "bytes")
+    assert documents("data/part") == ["right"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_text_that_is_null_is_skipped_and_counted(capsys, kind):
+    texts = [*map(str, range(50)), None, None, "last"]
+    if kind == "parquet":
+        pytest.importorskip("datasets").Dataset.from_dict({"text": texts}).to_parquet("rows.parquet")
+    else:
+        Path("rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    prepare.prepare([f"rows.{kind}"], "data/rows", "bytes")
+    assert documents("data/rows") == [*map(str, range(50)), "last"]
+    assert "skipped 2 documents whose text is null" in capsys.readouterr().err
+
+
+def test_linked_folders_are_read_once_hidden_ones_not_and_what_is_left_out_is_said(capsys):
+    for path in ("books/a.txt", "books/a.md", "books/b.md", "books/.git/c.txt", "elsewhere/d.txt"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(path)
+    Path("books/linked").symlink_to("../elsewhere")
+    Path("elsewhere/loop").symlink_to("../books")
+    Path("books/dangling.txt").symlink_to("nowhere.txt")
+    prepare.prepare(["books"], "data/books", "bytes")
+    assert documents("data/books") == ["books/a.txt", "elsewhere/d.txt"]
+    assert "books: 2 files; 2 others are left out, ending in .md" in capsys.readouterr().err
+
+
+def test_end_of_text_written_in_a_text_ends_a_document_if_that_is_asked_for(capsys):
+    Path("tales.txt").write_text("one<|endoftext|>two")
+    prepare.main(["tales.txt", "--tokenizer", "bytes"])
+    assert "with --endoftext, that ends a document" in capsys.readouterr().err
+    assert prepare.load_meta("data/tales")["train"]["documents"] == 0
+    prepare.main(["tales.txt", "--tokenizer", "bytes", "--endoftext", "--overwrite"])
+    assert documents("data/tales") == ["one", "two"] and "--endoftext" not in capsys.readouterr().err
+    assert prepare.load_meta("data/tales")["train"]["documents"] == 1
+
+
+# ------------------------------------------------------------------------------- how a session ends
+
+def test_under_nohup_the_end_of_the_terminal_does_not_end_a_run(data, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(monkeypatch, 2, lambda model: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        assert run("--max_steps", 4)[1]["step"] == 4
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_to_prepare_leaves_nothing_behind(monkeypatch, name):
+    handlers = {name: signal.getsignal(signal.Signals[name]) for name in ("SIGTERM", "SIGHUP")}
+    monkeypatch.setattr(prepare, "find_files", lambda *args: signal.raise_signal(signal.Signals[name]))
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--tokenizer", "bytes"])
+    assert stop.value.code == 130 and not Path("data/python").exists()
+    for name, handler in handlers.items():
+        signal.signal(signal.Signals[name], handler)
+
+
+def test_ctrl_c_ends_a_dry_run_at_once(data, monkeypatch, capsys):
+    at_step(monkeypatch, 2, lambda model: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        run("--dry_run")
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.usefixtures("bare")
+def test_last_is_saved_by_the_clock_too(data, monkeypatch):
+    seen = []
+    at_step(monkeypatch, 4, lambda model: seen.append(gpt.load_checkpoint("out/text/last.pt")[1]["step"]))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    run("--max_steps", 5)
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")], ids=repr)
+@pytest.mark.parametrize("owner, name, main, flags, says", [
+    (train, "backward", train.main, [*QUICK, "--out", "out/new"], "lower --batch_size"),
+    (train, "backward", train.main, [*QUICK, "--dry_run"], "lower --batch_size"),
+    (gpt.GPT, "init_weights", train.main, [*QUICK, "--out", "out/new"], "lower --batch_size, or choose"),
+    (gpt.GPT, "generate", sample.main, ["--checkpoint", "out/text/best.pt"], "lower --num_samples")])
+@pytest.mark.usefixtures("data", "checkpoint")
+def test_out_of_memory_is_one_line_that_says_what_to_lower(
+        fails, monkeypatch, error, owner, name, main, flags, says):
+    def raise_it(*args, **options):
+        raise error
+
+    monkeypatch.setattr(owner, name, raise_it)
+    fails(main, flags, f"out of memory: {says}")
+    assert not Path("out/new/last.pt").exists()
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "2"}, {"RANK": "3"}, {"RANK": "1", "WORLD_SIZE": "2"},
+    {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}],
+    ids=str)
+def test_an_environment_that_contradicts_itself_is_one_line(fails, data, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fails(train.main, [*QUICK, "--out", "out/new"], "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT "
+          "are not as torchrun sets them: use torchrun, or unset them")
+
+
+# ----------------------------------------------------------------------------------------------- streams
+
+@pytest.mark.parametrize("command, status", [
+    ("PYTHON sample.py --prompt a --max_new_tokens 2000 | head -c 1", 141),
+    ("PYTHON sample.py --show_probs --prompt abcdef | head -n 1", 141),
+    ("PYTHON prepare.py text.txt --tokenizer bytes --name new | true", None)])
+def test_a_reader_that_goes_away_ends_it_quietly(checkpoint, command, status):
+    Path("text.txt").write_text("one")
+    done = shell(f"{command}; exit ${{PIPESTATUS[0]}}")
+    assert done.stderr.replace("sampling from out/text/best.pt\n", "") == ""
+    assert status in (None, done.returncode)
+    assert "prepare" not in command or documents("data/new") == ["one"]
+
+
+@pytest.mark.parametrize("command", [
+    "PYTHON train.py --data data/text --n_layer 1 --n_embd 8 --block_size 16 --max_steps 2 2>&-",
+    "PYTHON sample.py --prompt a --checkpoint out/text/best.pt --max_new_tokens 3 >&- 2>&-",
+    "PYTHON prepare.py text.txt --tokenizer bytes --name new >&- 2>&-"])
+def test_streams_may_be_closed_from_the_beginning(data, checkpoint, command):
+    assert shell(command).returncode == 0
+    assert "train.py" not in command or gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colour_can_be_turned_off(checkpoint, monkeypatch, capsys, name, value):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    sample.main(["--show_probs", "--max_new_tokens", "2"])
+    assert "\033[" in capsys.readouterr().out
+    monkeypatch.setenv(name, value)
+    sample.main(["--show_probs", "--max_new_tokens", "2"])
+    assert "\033[" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- the next step
+
+def test_a_run_without_an_evaluation_is_sampled_from_its_last_checkpoint(data, monkeypatch, capsys):
+    at_step(monkeypatch, 2, lambda model: os.kill(os.getpid(), signal.SIGTERM))
+    run("--max_steps", 9)
+    sample.main(["--max_new_tokens", "2"])
+    assert f"sampling from {Path('out/text/last.pt')}" in capsys.readouterr().err
+
+
+def test_a_run_can_be_given_by_its_folder(checkpoint, capsys):
+    sample.main(["--checkpoint", "out/text", "--prompt", "ab", "--max_new_tokens", "2"])
+    assert capsys.readouterr().out.startswith("ab")
+
+
+def test_ctrl_c_shows_what_there_is_of_each_sample(checkpoint, monkeypatch, capsys):
+    def interrupted(*args, **options):
+        yield ["c", "d"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "complete", interrupted)
+    with pytest.raises(SystemExit):
+        sample.main(["--num_samples", "2", "--prompt", "ab"])
+    assert capsys.readouterr().out == "--- sample 1 ---\nabc\n--- sample 2 ---\nabd\n"
+
+
+def test_data_that_were_moved_are_found_with_a_flag(fails, data):
+    run("--max_steps", 1)
+    Path(data).rename("data/moved")
+    fails(train.main, RESUME, "or give the folder that has it with --data")
+    train.main([*RESUME, "--data", "data/moved", "--max_steps", "2"])
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+def test_a_prompt_that_begins_with_a_dash_can_be_given(fails, checkpoint, capsys):
+    fails(sample.main, ["--prompt", "-x"], 'or --flag="-VALUE" where that begins with a -')
+    sample.main(["--prompt=-x", "--max_new_tokens", "2"])
+    assert capsys.readouterr().out.startswith("-x")
+
+
+def test_a_prompt_file_may_begin_with_a_byte_order_mark(checkpoint, capsys):
+    Path("prompt.txt").write_text("ab", encoding="utf-8-sig")
+    sample.main(["--prompt_file", "prompt.txt", "--max_new_tokens", "2"])
+    assert capsys.readouterr().out.startswith("ab")
+
+
+def test_a_hub_out_of_reach_is_said_to_be(fails, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def offline(*args, **options):
+        raise OSError("We couldn't connect to the hub.\nSecond line")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    fails(sample.main, ["--checkpoint", "some/model"], "(OSError: We couldn't connect to the hub.)")
