@@ -52,7 +52,7 @@ class GPTConfig:
 
 
 MODELS = {
-    "nano": GPTConfig(block_size=128, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
+    "nano": GPTConfig(block_size=128, vocab_size=2048, n_layer=4, n_head=2, n_embd=128),
     # For two 16 GB GPUs: shallower and narrower than GPT-2, with a half-width MLP and an untied lm_head.
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),

@@ -1,13 +1,14 @@
 """Text to tokens: writes data/NAME/{train.bin, val.bin, meta.json}, which train.py reads.
 
-    python prepare.py                                   this Python's standard library, as bytes
+    python prepare.py                                   this Python's standard library
     python prepare.py books/ more.txt --name books      text files, with GPT-2's tokenizer
     python prepare.py crawl.jsonl.gz --sample_size 100_000
-    python prepare.py shakespeare                       a text that is downloaded first
+    python prepare.py shakespeare --tokenizer bpe       a text that is downloaded first; learns a vocabulary
     python prepare.py hf:OWNER/NAME                     a dataset of Hugging Face's hub
 
 A token is a piece of text with a number: a model computes with numbers, so text becomes a list of them. With
-the tokenizer "bytes" each byte is a token; GPT-2's has 50,257 tokens, most of them words or parts of words.
+the tokenizer "bytes" each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words.
+"bpe" learns such a vocabulary from the text itself, and writes it to vocabulary.tiktoken.
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
 each followed by the token <|endoftext|>. The last tenth of all tokens is val.bin; no model is trained on it.
@@ -16,6 +17,7 @@ Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
 
 import argparse
+import base64
 import gzip
 import http.client
 import io
@@ -29,40 +31,109 @@ import tempfile
 import time
 import urllib.request
 import zlib
-from collections import deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import cycle, repeat
+from heapq import heapify, heappop, heappush
+from itertools import chain, cycle, pairwise, repeat
 from pathlib import Path
 
 import numpy as np
+import regex
 import tiktoken
 import tiktoken_ext.openai_public
 
-TOKENIZERS = {"gpt2": 50257, "bytes": 257}      # and their vocabulary sizes
 TOKEN = np.dtype("<u2")         # a token on disk: little-endian uint16
-FORMAT = 1                      # version of the files
+FORMAT = 2                      # version of the files
 CHUNK = 2 ** 20                 # how many characters or tokens are worked on at a time
 
 
 # --------------------------------------------------------------------------------- tokenizers
 
-def tokenizer_parts(name):
-    """Returns what tiktoken.Encoding(**parts) needs for "bytes" (256 bytes and <|endoftext|>) or "gpt2".
-
-    mergeable_ranks maps the bytes of each token to its number. pat_str is a regular expression that first
-    cuts text into words, and no token crosses a word's end. special_tokens stand for no text."""
-    if name == "bytes":
-        return {"name": "bytes", "pat_str": r"[\s\S]", "mergeable_ranks": {bytes([i]): i for i in range(256)},
-                "special_tokens": {"<|endoftext|>": 256}}
-    with download_errors(name):
-        return tiktoken_ext.openai_public.gpt2()
+# A word of "bpe": letters, with a space or a sign before them; up to three digits; signs, with the end of the
+# line after them and the indentation of the next; white space. Letters have their marks (\p{M}), with which
+# Hindi, Thai and Tamil write vowels.
+WORD = (r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?\p{N}{1,3}|"
+        r" ?[^\s\p{L}\p{M}\p{N}]+(?:[\r\n]+(?:[ \t]+(?!\S))?)?|\s+(?!\S)|\s+")
 
 
-def get_tokenizer(name):
-    """Returns a tiktoken.Encoding: "gpt2" (tiktoken downloads its vocabulary once) or "bytes". Raises
-    UserError if the download fails."""
-    return tiktoken.Encoding(**tokenizer_parts(name))
+def learn_vocabulary(word_counts, n_tokens):
+    """Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). Takes words, bytes, and
+    how often each occurs: {word: count}. Returns the tokens, bytes, in the order in which they are learned.
+
+    The 256 bytes come first. Then a merge makes a new token of the two neighbours that occur most often (of
+    several such pairs, those with the lowest numbers), and so on until there are n_tokens, or no pair occurs
+    twice. This is greedy: each merge shortens the text as much as one merge can. Some other set of merges
+    would shorten it more, but there are too many to try.
+
+    No token reaches across words, so "the dog" and "the cat" share "the". And a word that occurs a million
+    times is merged once: large texts take little time, if after a merge only the words with that pair are
+    counted again."""
+    words, counts = [list(word) for word in word_counts], list(word_counts.values())    # lists of tokens
+    pair_counts, words_with = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += counts[i]
+            words_with[pair].add(i)
+    heap = [(-count, pair) for pair, count in pair_counts.items()]      # its first is the most frequent pair
+    heapify(heap)
+    tokens = [bytes([i]) for i in range(256)]
+    while heap and len(tokens) < n_tokens:
+        count, pair = heappop(heap)
+        if -count > pair_counts[pair]:      # it has become rarer meanwhile
+            heappush(heap, (-pair_counts[pair], pair))
+            continue
+        if -count < 2:
+            break
+        new, new_pairs = len(tokens), set()
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        for i in words_with.pop(pair):
+            for old_pair in pairwise(words[i]):
+                pair_counts[old_pair] -= counts[i]
+            words[i] = merge(words[i], pair, new)
+            for new_pair in pairwise(words[i]):
+                pair_counts[new_pair] += counts[i]
+                if new in new_pair:
+                    words_with[new_pair].add(i)
+                    new_pairs.add(new_pair)
+        for new_pair in new_pairs:
+            heappush(heap, (-pair_counts[new_pair], new_pair))
+    return tokens
+
+
+def merge(word, pair, new):
+    """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
+    merged = []
+    for token in word:
+        if merged and (merged[-1], token) == pair:
+            merged.pop()
+            token = new
+        merged.append(token)
+    return merged
+
+
+def tokenizer_parts(name, vocabulary=""):
+    """Returns what tiktoken.Encoding(**parts) needs for "gpt2", "bytes", or "bpe", whose vocabulary is a text
+    in tiktoken's format: a line for each token, its bytes in base 64 and its number.
+
+    pat_str is a regular expression that cuts text into words. In each, the tokens are merged in the order in
+    which they were learned: mergeable_ranks maps their bytes to their numbers. special_tokens stand for no
+    text."""
+    if name == "gpt2":
+        with download_errors(name):
+            return tiktoken_ext.openai_public.gpt2()
+    ranks = {bytes([i]): i for i in range(256)}
+    for line in vocabulary.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return {"name": name, "pat_str": WORD if name == "bpe" else r"[\s\S]", "mergeable_ranks": ranks,
+            "special_tokens": {"<|endoftext|>": len(ranks)}}
+
+
+def get_tokenizer(name, vocabulary=""):
+    """Returns a tiktoken.Encoding; tiktoken downloads the vocabulary of "gpt2" once. Raises UserError if that
+    fails."""
+    return tiktoken.Encoding(**tokenizer_parts(name, vocabulary))
 
 
 def encode(tokenizer, special, pieces):
@@ -78,17 +149,20 @@ def encode(tokenizer, special, pieces):
 
 # -------------------------------------------------------------------------------- token files
 
-def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1, special=(), workers=None):
+def prepare(sources, folder, tokenizer_name, vocab_size=None, sample_size=None, val_fraction=0.1, special=(),
+            workers=None):
     """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
-    The result does not depend on workers, the number of threads (None: one per core). Raises UserError if
-    something is wrong with a source; the folder is then left as it was."""
+    The tokenizer is "gpt2", "bytes", "bpe" with a new vocabulary, or that of another data folder. The result
+    does not depend on workers, the number of threads (None: one per core). Raises UserError if something is
+    wrong with a source; the folder is then left as it was."""
     workers = workers or os.cpu_count()
-    parts = tokenizer_parts(tokenizer_name)
-    # One for each thread, as threads that share one wait for each other.
-    tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size, special)
+        name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction, workers)
+        parts = tokenizer_parts(name, vocabulary)
+        # One for each thread, as threads that share one wait for each other.
+        tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
         work = zip(cycle(tokenizers), repeat(set(special)), batches(pieces))
         with open(new / "train.bin", "wb") as file:
             n_tokens = sum(map(file.write, in_order(encode, work, workers))) // TOKEN.itemsize
@@ -97,12 +171,69 @@ def prepare(sources, folder, tokenizer_name, sample_size=None, val_fraction=0.1,
         n_train = int(n_tokens * (1 - val_fraction))
         np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
-        meta = {"format": FORMAT, "tokenizer": tokenizer_name, "vocab_size": tokenizers[0].n_vocab,
-                "made_from": made_from(sources, sample_size, val_fraction, special)}
+        if vocabulary:
+            (new / "vocabulary.tiktoken").write_text(vocabulary)
+        meta = {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizers[0].n_vocab,
+                "vocabulary_crc32": zlib.crc32(vocabulary.encode()), "made_from": made_from(
+                    sources, tokenizer_name, vocab_size, sample_size, val_fraction, special)}
         for split in ("train", "val"):
             meta[split] = statistics(new / f"{split}.bin", tokenizers[0], workers)
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return meta
+
+
+def load_tokens(folder, split):
+    """Returns a data folder's "train" or "val" split: a read-only uint16 array, mapped into memory rather
+    than read. Raises UserError if the file is not as long as meta.json says."""
+    path = Path(folder, f"{split}.bin")
+    expected = load_meta(folder)[split]["tokens"] * TOKEN.itemsize
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes, but meta.json says {expected:,}: run prepare.py again")
+    return np.memmap(path, TOKEN, mode="r") if size else np.empty(0, TOKEN)
+
+
+# ================================================================================== plumbing
+# A first reading may stop here. Below: where text comes from, its formats, the data folder, and what the
+# command lines of all three programs share.
+
+class UserError(ValueError):
+    """A mistake of the user's. The message says in one line what is wrong and what to do."""
+
+
+@contextmanager
+def download_errors(name):
+    try:
+        yield
+    except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
+        raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
+                        "folder that has it, or use --tokenizer bytes, which needs no download") from error
+
+
+def choose_tokenizer(name, vocab_size, pieces, val_fraction, workers):
+    """Returns the name and the vocabulary of a tokenizer, and an iterator over the same pieces."""
+    if name in ("gpt2", "bytes"):
+        return name, "", pieces
+    if name != "bpe":       # another data folder
+        meta = load_meta(name)
+        return meta["tokenizer"], meta["vocabulary"], pieces
+    first, size = [], 0
+    for piece in pieces:
+        first.append(piece)
+        size += len(piece[0])
+        if size >= LEARN_FROM:
+            print(f"learning the vocabulary from the first {size:,} characters", file=sys.stderr)
+            break
+    texts = [text for text, _ in first]
+    texts = texts[:max(1, round(len(texts) * (1 - val_fraction)))]      # nothing is learned from validation
+    word_counts = Counter()
+    for counts in in_order(lambda text: Counter(regex.findall(WORD, text)), zip(texts), workers):
+        word_counts.update(counts)
+    tokens = learn_vocabulary({word.encode(): n for word, n in word_counts.items()}, vocab_size - 1)
+    if len(tokens) < vocab_size - 1:
+        print(f"no pair occurs twice now: the vocabulary has {len(tokens) + 1:,} tokens", file=sys.stderr)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    return name, "".join(lines), chain(first, pieces)
 
 
 def batches(pieces):
@@ -150,36 +281,9 @@ def statistics(path, tokenizer, workers):
             "tokens": int(counts.sum()), "crc32": crc32}
 
 
-def load_tokens(folder, split):
-    """Returns a data folder's "train" or "val" split: a read-only uint16 array, mapped into memory rather
-    than read. Raises UserError if the file is not as long as meta.json says."""
-    path = Path(folder, f"{split}.bin")
-    expected = load_meta(folder)[split]["tokens"] * TOKEN.itemsize
-    size = path.stat().st_size if path.is_file() else 0
-    if size != expected:
-        raise UserError(f"{path} has {size:,} bytes, but meta.json says {expected:,}: run prepare.py again")
-    return np.memmap(path, TOKEN, mode="r") if size else np.empty(0, TOKEN)
-
-
-# ================================================================================== plumbing
-# A first reading may stop here. Below: where text comes from, its formats, the data folder, and what the
-# command lines of all three programs share.
-
-class UserError(ValueError):
-    """A mistake of the user's. The message says in one line what is wrong and what to do."""
-
-
-@contextmanager
-def download_errors(name):
-    try:
-        yield
-    except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
-        raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
-                        "folder that has it, or use --tokenizer bytes, which needs no download") from error
-
-
 # ------------------------------------------------------------------------------------ sources
 
+LEARN_FROM = 100_000_000        # characters that a vocabulary is learned from, at most
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 NAMED_SOURCES = {
     "fineweb": "hf:eliplutchok/fineweb-small-sample",
@@ -304,7 +408,8 @@ def last_cut(text):
     word, where all tokenizers end one. "two words" is cut into "two" and " words". If there is no such
     position, returns the end, and the tokens there may differ."""
     cuts = range(len(text) - 1, 0, -1)
-    return next((i for i in cuts if text[i] in " \n" and not text[i - 1].isspace()), len(text))
+    return next((i for i in cuts if (text[i] == " " and not text[i - 1].isspace())
+                 or (text[i] == "\n" and text[i - 1].isalnum())), len(text))
 
 
 def read_jsonl(lines, path):
@@ -360,9 +465,11 @@ def new_folder(folder):
         try:
             new.mkdir()
             yield new
-            (folder / "meta.json").unlink(missing_ok=True)
-            for name in ("train.bin", "val.bin", "meta.json"):
-                os.replace(new / name, folder / name)
+            for name in ("meta.json", "vocabulary.tiktoken"):
+                (folder / name).unlink(missing_ok=True)
+            files = [path for path in new.iterdir() if path.is_file()]
+            for path in sorted(files, key=lambda path: path.name == "meta.json"):
+                os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(new, ignore_errors=True)
             if not existed and not any(folder.iterdir()):
@@ -401,14 +508,38 @@ def load_meta(folder):
     if not path.is_file():
         raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py, or give the "
                         "folder that has it with --data")
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
+        meta["vocabulary"] = ""
+        if meta["tokenizer"] == "bpe":
+            meta["vocabulary"] = Path(folder, "vocabulary.tiktoken").read_text()
         units = ("documents", "bytes", "tokens")
         counts = [meta[split][unit] for split in ("train", "val") for unit in units]
-        if (meta["format"] == FORMAT and meta["vocab_size"] == TOKENIZERS[meta["tokenizer"]]
+        sizes = {"gpt2": 50257, "bytes": 257, "bpe": meta["vocabulary"].count("\n") + 1}
+        if (meta["format"] == FORMAT and meta["vocab_size"] == sizes[meta["tokenizer"]]
+                and meta["vocabulary_crc32"] == zlib.crc32(meta["vocabulary"].encode())
                 and all(type(n) is int and n >= 0 for n in counts)):
             return meta
-    raise UserError(f"{path} is damaged, half-written, or of another version: run prepare.py again")
+    raise UserError(f"{folder} is damaged, half-written, or of another version: run prepare.py again")
+
+
+def show_tokens(meta, folder):
+    """Prints the merges that were learned first and last, and how a text is split into tokens."""
+    tokenizer = get_tokenizer(meta["tokenizer"], meta["vocabulary"])
+
+    def pieces(tokens):
+        return [tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
+                for token in tokens if token != tokenizer.eot_token]
+
+    if meta["tokenizer"] == "bpe":
+        end = tokenizer.eot_token
+        print("first merges:", *map(repr, pieces(range(256, min(272, end)))))
+        print("last merges:", *map(repr, pieces(range(max(256, end - 16), end))))
+    split = pieces(load_tokens(folder, "val")[:100])
+    if in_colour():
+        print("".join(f"\033[{44 + i % 2}m{piece}" for i, piece in enumerate(split)) + "\033[0m")
+    else:
+        print("|".join(split))
 
 
 # ------------------------------------------------------------------------------ command lines
@@ -462,11 +593,16 @@ def one_line_errors(*kinds):
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             message = f"this needs the package {package}: pip install {package}"
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)       # one line, whatever it quotes
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")       # one line, whatever it quotes
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def in_colour():
+    """Whether colours are wanted (https://no-color.org)."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def duration(seconds):
@@ -495,7 +631,10 @@ def main(argv=None):
         "Python's standard library")
     add("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
     add("--overwrite", action="store_true", help="replace data/NAME even if it was made from something else")
-    add("--tokenizer", choices=TOKENIZERS, help="(default: bytes for python, otherwise gpt2)")
+    add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe, which learns a vocabulary, or a data folder, "
+        "for its vocabulary (default: bpe for python, otherwise gpt2)")
+    add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
+        metavar="N", help="how many tokens bpe learns, with the 256 bytes and <|endoftext|> (default: 2048)")
     add("--endoftext", action="store_true", help="<|endoftext|> written in a text ends a document")
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N documents")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
@@ -506,19 +645,26 @@ def main(argv=None):
             if hasattr(signal, name):       # ends like Ctrl-C, which leaves nothing behind
                 signal.signal(getattr(signal, name), signal.default_int_handler)
         folder = Path("data", args.name or default_name(args.sources[0]))
-        tokenizer_name = args.tokenizer or ("bytes" if args.sources == ["python"] else "gpt2")
-        options = args.sample_size, args.val_fraction, ["<|endoftext|>"] if args.endoftext else []
+        tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
+        if args.vocab_size and tokenizer != "bpe":
+            raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
+        if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
+            raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
+        options = (tokenizer, (args.vocab_size or 2048) if tokenizer == "bpe" else None, args.sample_size,
+                   args.val_fraction, ["<|endoftext|>"] if args.endoftext else [])
         if (folder / "meta.json").exists() and not args.overwrite:
             if load_meta(folder).get("made_from") != made_from(args.sources, *options):
                 raise UserError(f"{folder} was made from something else: choose another --name, or add "
                                 "--overwrite, after which its runs cannot be resumed")
         started = time.perf_counter()
-        meta = prepare(args.sources, folder, tokenizer_name, *options)
-        seconds = time.perf_counter() - started
+        prepare(args.sources, folder, *options)
+        seconds, meta = time.perf_counter() - started, load_meta(folder)
         documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
         print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "
-              f"{meta['val']['tokens']:,} for validation, tokenizer {tokenizer_name}\n"
-              f"{duration(seconds)}, {tokens / seconds:,.0f} tokens/s")
+              f"{meta['val']['tokens']:,} for validation, tokenizer {meta['tokenizer']} with "
+              f"{meta['vocab_size']:,} tokens\n{duration(seconds)}, {tokens / seconds:,.0f} tokens/s")
+        if meta["tokenizer"] != "bytes":
+            show_tokens(meta, folder)
 
 
 if __name__ == "__main__":

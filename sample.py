@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint, out_of_memory
-from prepare import TOKENIZERS, Parser, UserError, checked, get_tokenizer, one_line_errors, positive_int
+from prepare import Parser, UserError, checked, get_tokenizer, in_colour, one_line_errors, positive_int
 from prepare import seed_int, tokenizer_parts
 
 
@@ -79,7 +79,7 @@ def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
             token_probabilities(model, ids, max_new_tokens, tokenizer.eot_token, **options), start=1):
         rivals = [rival for rival in row.topk(min(4, len(row))).indices.tolist() if rival != token][:3]
         line = f"{'>' if i >= n_prompt else ' '} {row[token]:6.1%}  {shown(token):16}"
-        if sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+        if in_colour():
             colour = 32 if row[token] >= 0.5 else 33 if row[token] >= 0.1 else 31       # green, yellow, red
             line = f"\033[{colour}m{line}\033[0m"
         print(line, "  ".join(f"{shown(rival)} {row[rival]:.1%}" for rival in rivals), flush=True)
@@ -102,34 +102,42 @@ def print_samples(model, tokenizer, prompt, num_samples, **options):
 
 
 def load_model(source):
-    """Returns a model on the CPU and the name of its tokenizer, which its vocabulary size tells. The source
-    is a file or folder that train.py wrote, or what GPT.from_pretrained takes. Raises ModelError or
-    UserError."""
+    """Returns a model on the CPU, and its tokenizer's name and vocabulary. The source is a file or folder of
+    train.py's, or what GPT.from_pretrained takes. Raises ModelError or UserError."""
     source = newest_checkpoint(source) or source
-    is_file = os.path.isfile(source) or str(source).endswith(".pt")
-    model = load_checkpoint(source)[0] if is_file else GPT.from_pretrained(source)
-    for name, vocab_size in TOKENIZERS.items():
-        if vocab_size == model.config.vocab_size:
-            return model, name
-    raise UserError(f"no tokenizer here has the vocabulary size of {source}, {model.config.vocab_size:,}")
+    exported = Path(source, "vocabulary.tiktoken")
+    if os.path.isfile(source) or str(source).endswith(".pt"):
+        model, meta = load_checkpoint(source)
+        tokenizer = meta["data"]["tokenizer"], meta["data"]["vocabulary"]
+    else:
+        model = GPT.from_pretrained(source)
+        tokenizer = ("bpe", exported.read_text()) if exported.exists() else ("gpt2", "")
+    if get_tokenizer(*tokenizer).n_vocab != model.config.vocab_size:
+        raise UserError(f"{source} has {model.config.vocab_size:,} tokens, and {tokenizer[0]} has others: no "
+                        "tokenizer for it is here")
+    return model, tokenizer
 
 
-def export(model, tokenizer_name, folder):
+def export(model, tokenizer, folder):
     """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs transformers."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    parts = tokenizer_parts(tokenizer_name)
+    parts = tokenizer_parts(*tokenizer)
     [end] = parts["special_tokens"]
     model.save_pretrained(folder)
-    with tempfile.TemporaryDirectory() as temporary:
+    lines = b"".join(b"%b %d\n" % (base64.b64encode(token), rank)
+                     for token, rank in parts["mergeable_ranks"].items())
+    with tempfile.TemporaryDirectory() as temporary:        # a new path, as tiktoken caches files by path
         vocabulary = Path(temporary, "vocabulary.tiktoken")
-        vocabulary.write_bytes(b"".join(b"%b %d\n" % (base64.b64encode(token), rank)
-                                        for token, rank in parts["mergeable_ranks"].items()))
+        vocabulary.write_bytes(lines)
         converter = TikTokenConverter(str(vocabulary), parts["pat_str"], extra_special_tokens=[end])
-        tokenizer = converter.converted()
+        tokenizer_object = converter.converted()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end,
+        tokenizer_object=tokenizer_object, bos_token=end, eos_token=end, unk_token=end,
         model_max_length=model.config.block_size).save_pretrained(folder)
+    Path(folder, "vocabulary.tiktoken").unlink(missing_ok=True)
+    if tokenizer[0] != "gpt2":      # load_model looks for it
+        Path(folder, "vocabulary.tiktoken").write_bytes(lines)
 
 
 def newest_checkpoint(*folders):
@@ -185,12 +193,12 @@ def main(argv=None):
             raise UserError("there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")
         if not args.checkpoint:
             print(f"sampling from {checkpoint}", file=sys.stderr)
-        model, tokenizer_name = load_model(checkpoint)
+        model, tokenizer = load_model(checkpoint)
         if args.export:
-            export(model, tokenizer_name, args.export)
+            export(model, tokenizer, args.export)
             print(f"wrote {args.export}")
             return
-        tokenizer = get_tokenizer(tokenizer_name)
+        tokenizer = get_tokenizer(*tokenizer)
         length, block_size = len(tokenizer.encode_ordinary(prompt)), model.config.block_size
         if length > block_size:
             print(f"the prompt has {length:,} tokens: the model sees the last {block_size:,}",

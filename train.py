@@ -18,7 +18,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -106,13 +105,14 @@ class Batches:
 
 def learning_rate(step, total_steps, warmup_steps, peak, low, schedule):
     """The learning rate of a step, counted from 0. Warm-up: it rises linearly to its peak at step
-    warmup_steps, as the first gradients are large and soon point elsewhere. Then it falls, linearly or like a
-    cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983), so that the last, small steps can
-    settle. It would reach `low` at total_steps, one step after the last."""
+    warmup_steps, as the first gradients are large and soon point elsewhere. Then it falls, linearly, like a
+    cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983), or, for a trapezoid, after a while
+    at the peak. The last, small steps let weights settle. It would reach `low` one step after the last."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / (total_steps - warmup_steps)
-    left = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
+            "trapezoid": min(1.0, (1 - done) / DECAY)}[schedule]
     return low + (peak - low) * left
 
 
@@ -322,6 +322,7 @@ def train(run, told_to_stop):
 # A first reading may stop here: the training above is complete. Below: ranks and signals, safeguards, how a
 # run is set up and resumed, its log and curves, its flags.
 
+DECAY = 0.65            # share of the steps after the warm-up in which a trapezoid falls
 SKIPS_IN_A_ROW = 20     # float16 steps that may be skipped before the run ends
 SAVE_SECONDS = 600      # most time between two versions of last.pt
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before it gives up
@@ -497,10 +498,10 @@ def set_up(args, world, dtype, saved):
 def load_initial(source, data, sizes):
     """Returns the model that --init begins with: it may get another dropout and a shorter block_size. Raises
     UserError if it cannot read this data, or would have other sizes."""
-    model, tokenizer = load_model(source)
-    if tokenizer != data["tokenizer"]:
-        raise UserError(f"{source} needs the tokenizer {tokenizer}: run prepare.py again with --tokenizer "
-                        f"{tokenizer}")
+    model, (tokenizer, vocabulary) = load_model(source)
+    if (tokenizer, vocabulary) != (data["tokenizer"], data["vocabulary"]):
+        raise UserError(f"{source} has another tokenizer, {tokenizer}: run prepare.py again with --tokenizer "
+                        f"{'and the data folder it was trained on' if vocabulary else tokenizer}")
     longest = model.config.block_size
     if sizes.keys() - {"dropout", "block_size"} or sizes.get("block_size", 0) > longest:
         raise UserError("--init has sizes of its own: leave out --n_layer, --n_head, --n_embd and a "
@@ -559,7 +560,8 @@ def identity(args, data):
     """What must not change when a run is resumed: the model, the data, and the order in which it is read."""
     counts = {f"{split}.{unit}": n for split in ("train", "val") for unit, n in data[split].items()}
     names = (*SIZES, "model", "init", "stride", "seed", "optimizer")
-    return {name: args[name] for name in names} | {"tokenizer": data["tokenizer"]} | counts
+    vocabulary = {name: data[name] for name in ("tokenizer", "vocab_size", "vocabulary_crc32")}
+    return {name: args[name] for name in names} | vocabulary | counts
 
 
 def describe(run):
@@ -622,7 +624,7 @@ class Log:
                 self.tracker = wandb.init(project="smallgpt", name=self.path.parent.name,
                                           config=vars(run.args), dir=run.args.out)
         self.write("", started_at_step=run.state.step, args=vars(run.args), commit=commit(),
-                   python=platform.python_version(), torch=torch.__version__)
+                   python=sys.version.split()[0], torch=torch.__version__)
         self.start = self.last = run.state.step, time.perf_counter()
 
     def training(self, step, *, epoch, loss, lr, grad_norm, loss_scale):
@@ -673,7 +675,7 @@ def commit():
 def show_sample_and_curves(run):
     if run.world.rank == 0:
         with run.log.decoration("sample"):
-            tokenizer = get_tokenizer(run.data["tokenizer"])
+            tokenizer = get_tokenizer(run.data["tokenizer"], run.data["vocabulary"])
             parts = complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50)
             text = "".join(added for [added] in parts)
             run.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
@@ -739,7 +741,8 @@ def make_parser():
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
     add("--min_lr", type=at_least_0, default=0.0, help="learning rate that the schedule falls towards")
     add("--warmup", type=share, default=0.1, help="share of all steps in which the learning rate rises")
-    add("--schedule", choices=("linear", "cosine"), default="linear", help="how the learning rate falls")
+    add("--schedule", choices=("linear", "cosine", "trapezoid"), default="linear",
+        help="how the learning rate falls")
     add("--weight_decay", type=at_least_0, default=1e-4, help="weight decay of matrices")
     add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     add("--eval_interval", type=positive_int, default=2000, help="steps between evaluations")

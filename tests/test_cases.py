@@ -36,7 +36,7 @@ def documents(folder):
 @pytest.fixture
 def checkpoint(model):
     Path("out/text").mkdir(parents=True)
-    gpt.save_checkpoint("out/text/best.pt", model, {})
+    gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
     return "out/text/best.pt"
 
 

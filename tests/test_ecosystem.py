@@ -37,7 +37,7 @@ def gpt2():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(10)
-    gpt.save_checkpoint("gpt2.pt", model, {})
+    gpt.save_checkpoint("gpt2.pt", model, {"data": {"tokenizer": "gpt2", "vocabulary": ""}})
     return model
 
 
@@ -47,7 +47,7 @@ def gpt2():
 def test_an_exported_tokenizer_gives_the_tokens_of_tiktoken(model, gpt2, tokenizer):
     from transformers import AutoTokenizer
     ours = get_tokenizer(tokenizer)
-    sample.export(gpt2 if tokenizer == "gpt2" else model, tokenizer, "folder")
+    sample.export(gpt2 if tokenizer == "gpt2" else model, (tokenizer, ""), "folder")
     theirs = AutoTokenizer.from_pretrained("folder")
     text = AWKWARD.replace("<|endoftext|>", "")
     assert theirs(text).input_ids == ours.encode_ordinary(text)
@@ -140,9 +140,15 @@ def test_a_name_that_is_not_there_is_reported_in_one_line(hub, fails):
 TUNE = ["--data", "data/text", "--dtype", "float32", "--batch_size", "2", "--max_steps", "2", "--init"]
 
 
+@pytest.fixture
+def first(model):
+    """A checkpoint, first.pt, that reads the tokens of `data`."""
+    gpt.save_checkpoint("first.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
+
+
+@pytest.mark.usefixtures("first")
 def test_fine_tuning_begins_with_the_given_weights_and_may_read_less_at_once(data, model):
-    model.save_pretrained("folder")
-    train.main([*TUNE, "folder", "--lr", "1e-30", "--block_size", "8", "--out", "out/text"])
+    train.main([*TUNE, "first.pt", "--lr", "1e-30", "--block_size", "8", "--out", "out/text"])
     tuned, _ = gpt.load_checkpoint("out/text/last.pt")
     assert tuned.config.block_size == 8
     expected = {**model.state_dict(), "wpe.weight": model.wpe.weight[:8]}
@@ -150,8 +156,8 @@ def test_fine_tuning_begins_with_the_given_weights_and_may_read_less_at_once(dat
         assert torch.allclose(weight[:257], expected[name][:257], atol=1e-6), name
 
 
-def test_fine_tuning_resumes_bit_for_bit_identical_and_without_the_first_weights(data, model):
-    gpt.save_checkpoint("first.pt", model, {})
+@pytest.mark.usefixtures("first")
+def test_fine_tuning_resumes_bit_for_bit_identical_and_without_the_first_weights(data):
     train.main([*TUNE, "first.pt", "--out", "out/whole", "--eval_interval", "1"])
     train.main([*TUNE, "first.pt", "--out", "out/text", "--eval_interval", "1", "--max_minutes", "1e-9"])
     os.remove("first.pt")
@@ -160,21 +166,21 @@ def test_fine_tuning_resumes_bit_for_bit_identical_and_without_the_first_weights
     assert same_weights(whole, resumed)
 
 
-def test_the_recipe_of_fine_tuning_is_gentle(data, model):
-    model.save_pretrained("folder")
-    train.main([*TUNE[:-3], "--init", "folder", "--out", "out/text"])
+@pytest.mark.usefixtures("first")
+def test_the_recipe_of_fine_tuning_is_gentle(data):
+    train.main([*TUNE[:-3], "--init", "first.pt", "--out", "out/text"])
     args = gpt.load_checkpoint("out/text/last.pt")[1]["args"]
     assert args["lr"] == 5e-5 and args["epochs"] == 3
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["gpt2.pt"], "gpt2.pt needs the tokenizer gpt2: run prepare.py again with --tokenizer gpt2"),
-    (["folder", "--n_layer", "3"], "--init has sizes of its own: leave out --n_layer"),
-    (["folder", "--block_size", "17"], "--n_embd and a --block_size above 16"),
-    (["folder", "--model", "nano"], "argument --model: not allowed with argument --init"),
-    (["odd"], "no tokenizer here has the vocabulary size of odd, 99")])
-def test_what_cannot_be_fine_tuned_is_reported_in_one_line(fails, data, gpt2, model, flags, message):
-    model.save_pretrained("folder")
+    (["gpt2.pt"], "gpt2.pt has another tokenizer, gpt2: run prepare.py again with --tokenizer gpt2"),
+    (["first.pt", "--n_layer", "3"], "--init has sizes of its own: leave out --n_layer"),
+    (["first.pt", "--block_size", "17"], "--n_embd and a --block_size above 16"),
+    (["first.pt", "--model", "nano"], "argument --model: not allowed with argument --init"),
+    (["odd"], "odd has 99 tokens, and gpt2 has others: no tokenizer for it is here")])
+@pytest.mark.usefixtures("data", "gpt2", "first")
+def test_what_cannot_be_fine_tuned_is_reported_in_one_line(fails, flags, message):
     gpt.GPT(gpt.GPTConfig(vocab_size=99, n_layer=1, n_head=1, n_embd=8)).save_pretrained("odd")
     fails(train.main, [*TUNE, *flags, "--out", "out/text"], message)
     assert not Path("out").exists()

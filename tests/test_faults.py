@@ -231,4 +231,4 @@ def test_skipped_steps_are_counted_across_a_stop(fails, data, monkeypatch):
 def test_a_tokenizer_named_by_meta_json_is_never_a_file(fails, data, name):
     path = Path(data, "meta.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": name}))
-    fails(main, QUICK, "meta.json is damaged, half-written, or of another version")
+    fails(main, QUICK, "data/text is damaged, half-written, or of another version")

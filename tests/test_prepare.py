@@ -97,10 +97,12 @@ def test_a_byte_order_mark_before_text_is_skipped_and_within_it_kept():
     assert get_tokenizer("bytes").decode(tokens_of("data/a")) == "text\ufeff<|endoftext|>"
 
 
-def test_the_default_is_the_standard_library_as_bytes(capsys):
-    main(["--sample_size", "20"])
-    documents = get_tokenizer("bytes").decode(tokens_of("data/python")).split("<|endoftext|>")[:-1]
-    assert load_meta("data/python")["tokenizer"] == "bytes"
+def test_the_default_is_the_standard_library_with_a_vocabulary_of_its_own(capsys):
+    main(["--sample_size", "20", "--vocab_size", "300"])
+    meta = load_meta("data/python")
+    tokenizer = get_tokenizer("bpe", meta["vocabulary"])
+    documents = tokenizer.decode(tokens_of("data/python")).split("<|endoftext|>")[:-1]
+    assert meta["tokenizer"] == "bpe" and meta["vocab_size"] == 300
     assert documents == [path.read_bytes().decode() for path in prepare.find_files("python", ".")[:20]]
     assert "data/python: 20 documents" in capsys.readouterr().out
 
@@ -155,7 +157,7 @@ def test_meta_json_counts_documents_bytes_and_tokens_of_each_split(tokenizer):
     texts = ["déjà vu " * 40, "東京" * 30, "x" * 100]
     prepare.prepare([write("a.jsonl", jsonl(*texts))], "data/a", tokenizer, val_fraction=0.4)
     meta, encoding = load_meta("data/a"), get_tokenizer(tokenizer)
-    assert meta["format"] == 1 and meta["vocab_size"] == encoding.n_vocab and meta["tokenizer"] == tokenizer
+    assert meta["format"] == 2 and meta["vocab_size"] == encoding.n_vocab and meta["tokenizer"] == tokenizer
     for split in ("train", "val"):
         content = Path("data/a", f"{split}.bin").read_bytes()
         tokens = load_tokens("data/a", split).tolist()
@@ -268,7 +270,7 @@ def test_a_failure_leaves_the_data_that_was_there(fails, data):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--tokenizer", "gpt5"], "invalid choice: 'gpt5'"),
+    (["--tokenizer", "gpt5"], "there is no tokenizer gpt5"),
     (["--sample_size", "0"], "--sample_size: must be a whole number above 0 and below 2^31, not '0'"),
     (["--sample_size", "ten"], "--sample_size: must be a whole number above 0 and below 2^31, not 'ten'"),
     (["--val_fraction", "1"], "--val_fraction: must be above 0 and below 1, not '1'"),
@@ -287,15 +289,15 @@ def test_without_the_vocabulary_the_way_out_is_named(fails, monkeypatch, failure
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "empty")
     monkeypatch.setattr("tiktoken.load.read_file", download)
     fails(main, [write("a.txt", "x")], "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer")
-    assert not Path("data").exists()
+    assert not Path("data/a").exists()
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("meta.json", None, "contains no prepared data (no meta.json): run prepare.py, or give"),
-    ("meta.json", b'{"format": 1, "tok', "meta.json is damaged, half-written, or of another version"),
-    ("meta.json", b"[]", "meta.json is damaged, half-written, or of another version"),
-    ("meta.json", b"\xff", "meta.json is damaged, half-written, or of another version"),
-    ("meta.json", b'{"format": 2}', "meta.json is damaged, half-written, or of another version"),
+    ("meta.json", b'{"format": 1, "tok', "is damaged, half-written, or of another version"),
+    ("meta.json", b"[]", "is damaged, half-written, or of another version"),
+    ("meta.json", b"\xff", "is damaged, half-written, or of another version"),
+    ("meta.json", b'{"format": 2}', "is damaged, half-written, or of another version"),
     ("train.bin", None, "train.bin has 0 bytes, but meta.json says 3,600: run prepare.py again"),
     ("train.bin", b"x" * 3601, "train.bin has 3,601 bytes"),
     ("train.bin", b"x" * 3598, "train.bin has 3,598 bytes")])

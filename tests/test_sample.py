@@ -35,7 +35,7 @@ def spoken(script, prompt="x", **options):
 @pytest.fixture
 def checkpoint(model):
     Path("out/text").mkdir(parents=True)
-    gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes"}})
+    gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
     return "out/text/best.pt"
 
 
@@ -148,7 +148,7 @@ def test_a_prompt_longer_than_the_context_is_used_from_its_end_and_that_is_repor
 
 def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, model, capsys):
     Path("out/newer").mkdir()
-    gpt.save_checkpoint("out/newer/best.pt", model, {"data": {"tokenizer": "bytes"}})
+    gpt.save_checkpoint("out/newer/best.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
     os.utime(checkpoint, (1, 1))
     main(["--max_new_tokens", "1"])
     assert f"sampling from {Path('out/newer/best.pt')}" in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_on_a_terminal_likely_tokens_are_green_and_unlikely_ones_red(sampled, mo
 
 @pytest.mark.parametrize("flags, message", [
     (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
-    (["--checkpoint", "odd.pt"], "no tokenizer here has the vocabulary size of odd.pt, 99"),
+    (["--checkpoint", "odd.pt"], "odd.pt has 99 tokens, and bytes has others: no tokenizer for it is here"),
     (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or not a checkpoint of this program"),
     (["--prompt_file", "none.txt"], "No such file or directory: 'none.txt'"),
     (["--prompt_file", "bad.txt"], "the prompt in bad.txt is not UTF-8 at byte 1"),
@@ -279,7 +279,8 @@ def test_on_a_terminal_likely_tokens_are_green_and_unlikely_ones_red(sampled, mo
     (["--speed", "9"], "unrecognized arguments: --speed")])
 def test_a_mistake_is_reported_in_one_line(fails, model, flags, message):
     Path("text.pt").write_text("no checkpoint")
-    gpt.save_checkpoint("odd.pt", gpt.GPT(gpt.GPTConfig(vocab_size=99, n_layer=1, n_head=1, n_embd=8)), {})
+    odd = gpt.GPT(gpt.GPTConfig(vocab_size=99, n_layer=1, n_head=1, n_embd=8))
+    gpt.save_checkpoint("odd.pt", odd, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
     Path("bad.txt").write_bytes(b"a\xff")
     fails(main, flags, message)
 

@@ -531,7 +531,7 @@ def test_a_mistake_is_reported_in_one_line(fails, data, flags, says):
 @pytest.mark.parametrize("name, content, says", [
     ("val.bin", b"odd", "val.bin has 3 bytes, but meta.json says 400: run prepare.py again"),
     ("train.bin", b"", "train.bin has 0 bytes, but meta.json says 3,600: run prepare.py again"),
-    ("meta.json", b'{"format": 1,', "meta.json is damaged, half-written, or of another version")])
+    ("meta.json", b'{"format": 1,', "data/text is damaged, half-written, or of another version")])
 def test_data_that_is_not_whole_is_reported_in_one_line(fails, data, name, content, says):
     Path(data, name).write_bytes(content)
     fails(main, QUICK, says)
