@@ -17,6 +17,7 @@ Left out: training (train.py), text (prepare.py, sample.py), and everything inve
 import math
 import os
 import re
+import sys
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -182,7 +183,7 @@ class GPT(nn.Module):
     def __init__(self, config, fused=True):
         super().__init__()
         self.config = config
-        self.fused = fused
+        self.fused, self.loss = fused, chunked_cross_entropy
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -215,7 +216,7 @@ class GPT(nn.Module):
         if not self.fused:
             return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
         # The same without ever holding all logits, the largest array by far.
-        return chunked_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size)
+        return self.loss(x, self.lm_head.weight, targets, self.config.vocab_size)
 
     def hidden(self, ids, caches=None):
         """ids (B, T) -> (B, T, C). With caches, a KVCache for each block, ids continue what is cached."""
@@ -312,13 +313,16 @@ def num_params(model):
 
 # ------------------------------------------------------------------------------- fast kernels
 
+PADDED = ("cuda",)      # kinds of devices
+
+
 def fused_attention(q, k, v, dropout):
     """attention(q, k, v, dropout) by a kernel of PyTorch's, which never holds all scores."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     assert T == S or T == 1     # is_causal is the mask on the left; one new position sees all cached ones
     if torch.is_grad_enabled() and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attention(q, k, v, dropout)      # the kernel's backward pass is slow there
-    if q.device.type == "cuda":     # older GPUs need a multiple of 8; zeros change nothing
+    if q.device.type in PADDED:     # older GPUs need a multiple of 8; zeros change nothing
         q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=1 / math.sqrt(D))
     return y[..., :D]
@@ -482,21 +486,28 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 def choose_device(name=None):
     """Returns the torch.device of that name, by default a CUDA GPU if there is one, otherwise the CPU. Raises
-    ModelError if this machine does not have it."""
+    ModelError if this machine does not have it, or it computes wrongly."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.arange(64.0).reshape(8, 8)
     try:
-        x = torch.ones(1, device=name)
-        x.item()        # fails on torch's device "meta"
-        return x.device
-    except (RuntimeError, AssertionError) as error:
+        y = x.to(name)
+        products = ((y.T @ y).cpu(), (y @ y.T).cpu())
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"there is no device {name} here: use --device cpu or leave the flag out") from error
+    for product, expected in zip(products, (x.T @ x, x @ x.T), strict=True):
+        if not torch.allclose(product, expected, rtol=0.01):    # as in some versions on Apple GPUs
+            raise ModelError(f"matmuls on {name} are wrong in PyTorch {torch.__version__}: use --device cpu")
+    return y.device
 
 
 def choose_dtype(name, device):
     """Returns the dtype for matmuls: the one of that name, by default the fastest that the device has
     hardware for. Raises ModelError if it does not run there."""
+    modern = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bfloat16" and not modern:
+        print("warning: this GPU has no hardware bfloat16: float16 is faster", file=sys.stderr)
     if name is None and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return torch.bfloat16 if modern else torch.float16
     if name is None:    # PyTorch before 2.6 cannot say what a CPU has, and gets float32
         abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32

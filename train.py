@@ -14,7 +14,6 @@ happens at a step depends on the seed, the step and last.pt alone. Left out: mod
 """
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -243,7 +242,8 @@ def evaluate_and_save(run):
     """Logs the validation loss, keeps the weights if it is the lowest so far, and shows a sample."""
     save(run, "last.pt")    # evaluation is slow and might be interrupted, so save first
     run.model.eval()
-    count = min(run.args.eval_sequences or math.inf, len(run.val_sequences))
+    most = run.args.eval_sequences if run.state.step < run.total_steps else math.inf
+    count = min(most, len(run.val_sequences))
     loss, error = evaluate(run.model, run.val_sequences, count, run.args.eval_batch_size, run.autocast,
                            run.world)
     # Bits per byte compare models whose tokens are of different lengths: a nat is 1 / ln 2 bits.
@@ -322,6 +322,7 @@ def train(run, told_to_stop):
 # A first reading may stop here: the training above is complete. Below: ranks and signals, safeguards, how a
 # run is set up and resumed, its log and curves, its flags.
 
+LARGE = 50_000_000      # tokens from which on it takes a GPU and, by default, gpt2-92m
 DECAY = 0.65            # share of the steps after the warm-up in which a trapezoid falls
 SKIPS_IN_A_ROW = 20     # float16 steps that may be skipped before the run ends
 SAVE_SECONDS = 600      # most time between two versions of last.pt
@@ -353,16 +354,19 @@ class World:
             raise UserError("several processes cannot share an Apple GPU: leave out torchrun")
         if device.type == "cuda":
             gpu = int(os.environ["LOCAL_RANK"]) if self.size > 1 else device.index or 0
-            if gpu >= torch.cuda.device_count():
-                raise UserError(f"there are only {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+            n_gpus, n_local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            if max(gpu + 1, n_local) > n_gpus:      # the same for all ranks, so that none waits for another
+                raise UserError(f"{n_local} processes need as many GPUs, but there are {n_gpus}: add "
+                                f"--nproc_per_node={n_gpus} to torchrun, or --device cpu to train.py")
             self.device = torch.device("cuda", gpu)
             torch.cuda.set_device(self.device)
         if self.size > 1:       # gloo adds up numbers on CPUs, nccl gradients on GPUs
             store, _, _ = next(dist.rendezvous("env://"))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # it outlives ranks that restart
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
-                                    rank=self.rank, world_size=self.size, timeout=PATIENCE)
+            nccl = device.type == "cuda" and dist.is_nccl_available()      # Windows has none
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=self.rank,
+                                    world_size=self.size, timeout=PATIENCE)
 
     def wrap(self, model, ids, autocast):
         """Returns the model to train: with several ranks, DDP, which averages their gradients in backward."""
@@ -448,6 +452,7 @@ def seed_dropout(seed, step, rank):
 def keep_freed_memory():
     """Makes the C library keep freed memory for the next step, if it is glibc. By default, it returns large
     blocks to the system, which must fill them with zeros before each use: up to 40% of a step's time."""
+    import ctypes
     with suppress(OSError, AttributeError, TypeError):      # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)      # M_MMAP_MAX: no block is mapped by itself
@@ -485,14 +490,43 @@ def set_up(args, world, dtype, saved):
         restore(run, saved[1])
     if world.sum(run.state.step) != [run.state.step * world.size]:
         raise UserError("the ranks found different checkpoints: --out must be on a disk that all share")
+    ids = torch.zeros(batches.micro_batch_size, args.block_size, dtype=torch.int64, device=world.device)
+    trained = compiled(model) if args.compile else model
+    run.wrapped_model = world.wrap(trained, ids, run.autocast)
+    if args.minutes and not saved:
+        args.max_steps = max(1, round(60 * args.minutes / seconds_per_step(run)))
     left = math.ceil(((args.epochs or 0) * len(sequences) - run.state.offset) / args.global_batch_size)
     run.total_steps = args.max_steps or run.state.step + max(0, left)
     run.warmup_steps = round(args.warmup * run.total_steps)
-    compiled = torch.compile(model) if args.compile else model
-    ids = torch.zeros(batches.micro_batch_size, args.block_size, dtype=torch.int64, device=world.device)
-    run.wrapped_model = world.wrap(compiled, ids, run.autocast)
     run.saved_at = time.monotonic()
     return run
+
+
+def compiled(model):
+    """Returns a model of the same weights whose blocks and loss are compiled: one by one, so that DDP can
+    send the gradients of a block while those of earlier blocks are computed."""
+    from copy import deepcopy
+    model = deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    for block in model.h:
+        block.compile()
+    model.loss = torch.compile(model.loss)
+    return model
+
+
+def seconds_per_step(run, n_steps=5):
+    """Measures a few steps at a learning rate of 0, and leaves no trace of them in a run that begins."""
+    scaler, seconds = run.scaler.state_dict(), []
+    for _ in range(1 + n_steps):
+        started = time.perf_counter()
+        loss = backward(run.wrapped_model, run.batches(run.state.offset), run.scaler, run.autocast)
+        update(run.model, run.optimizers, run.scaler, loss, 0.0, run.args.grad_clip)
+        seconds.append(time.perf_counter() - started)
+    for optimizer in run.optimizers:
+        optimizer.state.clear()
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(scaler)
+    [total] = run.world.sum(sorted(seconds[1:])[n_steps // 2])      # in the first one, much is set up
+    return total / run.world.size
 
 
 def load_initial(source, data, sizes):
@@ -582,25 +616,19 @@ def tokens_per_step(run):
     return run.args.global_batch_size * run.batches.sequences.block_size
 
 
-def dry_run(run, n_steps=5):
-    """Takes a few steps at a learning rate of 0, and prints what all steps would take."""
-    seconds = []
-    for _ in range(1 + n_steps):
-        started = time.perf_counter()
-        loss = backward(run.wrapped_model, run.batches(run.state.offset), run.scaler, run.autocast)
-        update(run.model, run.optimizers, run.scaler, loss, 0.0, run.args.grad_clip)
-        seconds.append(time.perf_counter() - started)
-    step_seconds = sorted(seconds[1:])[n_steps // 2]        # in the first one, much is set up
-    left = duration(step_seconds * max(0, run.total_steps - run.state.step))
-    run.world.print(f"{tokens_per_step(run) / step_seconds:,.0f} tokens/s; {left} for all steps, without "
-                    f"evaluations; {peak_memory(run.world.device) / 1e9:.2f} GB in each process")
+def dry_run(run):
+    """Prints what all steps would take."""
+    seconds = seconds_per_step(run)
+    left = duration(seconds * max(0, run.total_steps - run.state.step))
+    run.world.print(f"{tokens_per_step(run) / seconds:,.0f} tokens/s; {left} for all steps, without "
+                    f"evaluations; at least {peak_memory(run.world.device) / 1e9:.2f} GB in each process")
 
 
 def peak_memory(device):
     """Returns the most memory in bytes that this process has held so far: tensors on a GPU, all of it on a
     CPU with Linux. Elsewhere returns 0."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     with suppress(OSError, ValueError):
         words = Path("/proc/self/status").read_text().split()
         return 1024 * int(words[words.index("VmHWM:") + 1])
@@ -616,7 +644,7 @@ class Log:
     def __init__(self, run):
         self.run, self.path, self.tracker = run, Path(run.args.out, "log.jsonl"), None
         self.failed = set()
-        if run.world.rank == 0 and self.path.exists() and self.path.read_bytes()[-1:] != b"\n":
+        if run.world.rank == 0 and self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             self.path.open("a").write("\n")     # a killed run left half a row
         if run.world.rank == 0 and run.args.wandb:
             import wandb
@@ -722,7 +750,8 @@ def make_parser():
     add("--resume", action="store_true",
         help="continue from last.pt in --out, if there is one, with its flags but --device")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--model", choices=MODELS, help="(default: gpt2-92m with a CUDA GPU, otherwise nano)")
+    start.add_argument("--model", choices=MODELS, help="(default: nano, or gpt2-92m with a "
+                       "CUDA GPU and 50 million tokens)")
     start.add_argument("--init", metavar="MODEL", help="begin with the weights of a file train.py wrote, "
                        "of a folder in Hugging Face's format, or of a name on their hub, such as gpt2")
     add("--n_layer", type=positive_int, help="number of blocks (default: the model's)")
@@ -736,6 +765,8 @@ def make_parser():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
     length.add_argument("--max_steps", type=positive_int, help="steps to take, instead of --epochs")
+    length.add_argument("--minutes", type=positive_float, help="take as many steps as fit into these minutes "
+                        "on this machine, evaluations not counted")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more per step, and takes more time for it where batches are small")
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
@@ -746,7 +777,8 @@ def make_parser():
     add("--weight_decay", type=at_least_0, default=1e-4, help="weight decay of matrices")
     add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     add("--eval_interval", type=positive_int, default=2000, help="steps between evaluations")
-    add("--eval_sequences", type=positive_int, help="validation sequences to evaluate (default: all)")
+    add("--eval_sequences", type=positive_int, default=2048,
+        help="most validation sequences to evaluate; all of them after the last step")
     add("--eval_batch_size", type=positive_int, default=16, help="sequences per batch in evaluation")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
     add("--keep_epochs", type=positive_int, default=4, help="epochs between checkpoints that are kept")
@@ -779,9 +811,11 @@ def parse_args(argv):
     elif given.init:
         defaults = RECIPES["init"]
     else:
-        model = given.model or ("gpt2-92m" if choose_device(given.device).type == "cuda" else "nano")
+        large = choose_device(given.device).type == "cuda" and (
+            given.model or load_meta(given.data)["train"]["tokens"] >= LARGE)
+        model = given.model or ("gpt2-92m" if large else "nano")
         defaults = {"model": model, **RECIPES.get(model, RECIPES["other"])}
-    if given.epochs:
+    if given.epochs or given.minutes:
         defaults = {**defaults, "max_steps": None}      # otherwise, max_steps comes first
     parser.set_defaults(**{**defaults, "out": out})
     return parser.parse_args(argv), saved
@@ -798,6 +832,7 @@ def start(argv):
         world.print(f"training {args.init or args.model} on {world.device.type} in {str(dtype)[6:]} (there "
                     f"is {gpu} CUDA GPU here); {writes}")
         keep_freed_memory()
+        torch.set_float32_matmul_precision("high")      # tensor cores for float32, if this is a CUDA GPU
         run = set_up(args, world, dtype, saved)
         del saved       # its memory is needed no more
         describe(run)

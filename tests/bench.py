@@ -68,7 +68,7 @@ def serve(connection, make, args):
 
 
 def peak_memory():
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(peak.split()[1]) * 1024 / 1e9
@@ -95,7 +95,7 @@ def row(what, ours, other, ratio, target=""):
 def limits(device):
     """Prints what the machine can do at most."""
     n = 2048 if device == "cpu" else 8192
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in {torch.float32, gpt.choose_dtype(None, torch.device(device))}:
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         rate = 2 * n ** 3 / seconds(lambda a=a, b=b: a @ b, device) / 1e9
         print(f"matrix product of {n}^3 in {dtype}: {rate:,.0f} GFLOP/s")
@@ -103,12 +103,13 @@ def limits(device):
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
     print(f"memory copy: {rate:,.0f} GB/s read and written")
-    weights = [w.to(device, torch.bfloat16) for w in product_weights(gpt.GPT(gpt.MODELS["gpt2"]))]
+    fast = gpt.choose_dtype(None, torch.device(device))
+    weights = [w.to(device, fast) for w in product_weights(gpt.GPT(gpt.MODELS["gpt2"]))]
     for rows in (1, 8):
-        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=device).bfloat16() for w in weights}
+        inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=device).to(fast) for w in weights}
         rate = rows / seconds(
             lambda inputs=inputs: [F.linear(inputs[w.shape[1]], w) for w in weights], device)
-        print(f"gpt2's products alone, bfloat16, F.linear, batch {rows}: {rate:,.0f} tokens/s")
+        print(f"gpt2's matmuls alone in {fast}, batch {rows}: {rate:,.0f} tokens/s")
 
 
 def seconds(work, device, repeats=10):
@@ -222,19 +223,21 @@ def bench_loading(what, batch_size, length, step_seconds):
 
 
 def bench_cuda_training(repeats):
-    batch_size, length, config = 16, 1024, gpt.MODELS["gpt2"]
+    batch_size, length, config = 4, 1024, gpt.MODELS["gpt2"]      # which a T4 has memory for
     parameters = sum(w.numel() for w in product_weights(gpt.GPT(config)))
     flops = 6 * parameters + 12 * config.n_layer * config.n_embd * length       # per token; PaLM, appendix B
-    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    fast = gpt.choose_dtype(None, torch.device("cuda"))
+    a, b = torch.randn(2, 8192, 8192, device="cuda").to(fast)
     peak = 2 * 8192 ** 3 / seconds(lambda: a @ b, "cuda")
+    fast = str(fast).removeprefix("torch.")
     for kind, dtype, compiled in (
-            ("ours", "bfloat16", False), ("ours", "bfloat16", True), ("ours", "float16", False),
-            ("ours", "float16", True), ("Hugging Face", "bfloat16", False), ("plain", "float32", False)):
+            ("ours", fast, False), ("ours", fast, True), ("ours", "float16", False),
+            ("Hugging Face", fast, False), ("plain", "float32", False)):
         side = Side(training, kind, "gpt2", batch_size, length, "cuda", getattr(torch, dtype), compiled)
         [rate] = medians(repeats, side)
         name = f"{kind}, {dtype}" + (", compiled" if compiled else "")
         row(f"training `gpt2`, B {batch_size}, T {length}: {name}", f"{rate:,.0f} tokens/s",
-            f"{side.memory:.1f} GB", f"{rate * flops / peak:.0%} of the bf16 product", "")
+            f"{side.memory:.1f} GB", f"{rate * flops / peak:.0%} of its matmuls' speed", "")
         close(side)
 
 

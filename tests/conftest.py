@@ -32,6 +32,11 @@ def provide_gpt2_vocabulary(folder):
         shutil.copy(package / "data" / name, folder / hashlib.sha1(url.encode()).hexdigest())
 
 
+# The tests run on the CPU. Those of a GPU start a process with the environment GPU, which sees it.
+GPU = dict(os.environ) if torch.cuda.is_available() else None
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_configure(config):
     # Tiny models are no faster on several threads, and much slower where other processes use the cores.
     torch.set_num_threads(1)

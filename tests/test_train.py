@@ -276,11 +276,10 @@ def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsy
                         first)
 
 
-def test_with_a_gpu_it_trains_gpt2_92m_with_the_defaults_of_the_parser(data, monkeypatch):
-    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
-    args, saved = train.parse_args([])
-    assert (args.model, args.epochs, args.max_steps, args.lr, args.schedule, args.batch_size) == (
-        "gpt2-92m", 20.0, None, 6e-4, "linear", 16)
+def test_gpt2_92m_is_trained_with_the_defaults_of_the_parser():
+    args, saved = train.parse_args(["--model", "gpt2-92m"])
+    assert (args.epochs, args.max_steps, args.lr, args.schedule, args.batch_size) == (
+        20.0, None, 6e-4, "linear", 16)
     assert (args.out, saved) == (str(Path("out/python")), None)
 
 
@@ -315,10 +314,10 @@ def test_the_flags_of_the_data_and_of_evaluation_are_heeded(data, monkeypatch):
     seen, evaluate = [], train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda model, sequences, *args: seen.append(
         (len(sequences), *args[:2], model.training)) or evaluate(model, sequences, *args))
-    _, meta = run("--epochs", 1, "--stride", 4, "--batch_size", 50,
+    _, meta = run("--epochs", 1, "--stride", 4, "--batch_size", 50, "--eval_interval", 8,
                   "--eval_sequences", 6, "--eval_batch_size", 3)
     assert meta["step"] == 9                    # (1800 - 17) // 4 + 1 = 446 sequences, 50 at a time
-    assert seen == [(12, 6, 3, False)]          # (200 - 17) // 16 + 1 = 12, without overlap, to choose 6 from
+    assert seen[0] == (12, 6, 3, False)         # (200 - 17) // 16 + 1 = 12, without overlap, to choose 6 from
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -498,13 +497,6 @@ def test_compiled_training_is_the_same_training(data):
     compiled, _ = run("--max_steps", 3, "--n_layer", 1, "--compile", out="out/compiled")
     plain, _ = run("--max_steps", 3, "--n_layer", 1, out="out/plain")
     assert same_weights(compiled, plain, tolerance=1e-4)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_it_trains_on_a_gpu(data, dtype):
-    run("--max_steps", 60, "--dtype", dtype, "--device", "cuda")
-    assert log()[-1]["val_loss"] < 0.8 * math.log(257)
 
 
 # -------------------------------------------------------------------------------------------- bad input
