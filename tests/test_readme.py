@@ -1,14 +1,26 @@
-"""The exercises of the README."""
+"""What README.md and docs/ claim: exercises that fit, commands that exist, and a loop that gives train.py's losses."""
 
+import contextlib
+import io
+import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ranks
+from conftest import ROOT, at_step, log, ranks
+
+import prepare
+import sample
+import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXERCISES = re.findall(r"^\*\*(.+?)\*\*.*?^```diff\n--- (\S+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+EXERCISES_FILE = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
+EXERCISES = re.findall(
+    r"^\*\*(.+?)\*\*.*?^```diff\n--- (\S+)\n(.*?)^```", EXERCISES_FILE, re.MULTILINE | re.DOTALL)
+TEXTS = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+NOTEBOOK = json.loads((ROOT / "docs" / "kaggle.ipynb").read_text(encoding="utf-8"))
 
 
 def changed(source, diff):
@@ -27,7 +39,7 @@ def changed(source, diff):
     *((*exercise, ["--n_embd", "114", "--n_head", "2"]) for exercise in EXERCISES
       if exercise[0] == "Rotary positions")],
     ids=[*(name for name, _, _ in EXERCISES), "Rotary positions at head size 57"])
-def test_each_exercise_of_the_readme_fits_and_trains_in_two_processes(name, file, diff, sizes, data):
+def test_each_exercise_fits_and_trains_in_two_processes(name, file, diff, sizes, data):
     copy = Path("copy")
     copy.mkdir()
     for path in ROOT.glob("*.py"):
@@ -40,4 +52,46 @@ def test_each_exercise_of_the_readme_fits_and_trains_in_two_processes(name, file
 
 
 def test_there_are_exercises_for_all_that_one_may_want_to_change():
-    assert len(EXERCISES) == README.count("```diff") == 7
+    assert len(EXERCISES) == EXERCISES_FILE.count("```diff") == 7
+
+
+def test_the_loop_of_the_readme_gives_the_losses_of_train_py(monkeypatch):
+    prepare.prepare(["python"], "data/python", "bpe", 2048, sample_size=12)
+    [loop] = re.findall(r"^```python\n(from dataclasses.*?)^```", README, re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(loop.replace("range(10)", "range(3)"), {})
+    monkeypatch.setattr(train, "show_sample_and_curves", lambda run: None)
+    at_step(monkeypatch, 3, lambda model: train.signal.raise_signal(train.signal.SIGTERM))
+    train.main(["--model", "nano", "--dtype", "float32", "--log_interval", "1"])
+    losses = [row["loss"] for row in log("out/python") if "loss" in row]
+    assert [float(line.split()[1]) for line in printed.getvalue().splitlines()] == losses and len(losses) == 3
+
+
+def commands():
+    """The command lines of the four programs in README and docs, without what surrounds them."""
+    for text in [*TEXTS, *("".join(cell["source"]) for cell in NOTEBOOK["cells"])]:
+        for line in re.findall(r"^[!]?((?:pip|python|torchrun|srun) .*)$", text, re.MULTILINE):
+            for part in re.split(r"&&|#", line.replace('"$SLURM_JOB_ID"', "1")):
+                if found := re.search(r"(train|prepare|sample)\.py( .*)?$", part.strip()):
+                    yield found[0]
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_each_command_of_readme_and_docs_has_flags_that_exist(command, monkeypatch):
+    program, *flags = shlex.split(command.replace("data/text", "data").replace("data/books", "data"))
+    module = {"train.py": train, "prepare.py": prepare, "sample.py": sample}[program]
+    if module is train:
+        train.make_parser().parse_args(flags)
+    elif module is sample:
+        sample.parse_args(flags)
+    else:
+        class Reached(Exception):
+            pass
+
+        def reached(*args):
+            raise Reached
+
+        monkeypatch.setattr(prepare, "prepare", reached)
+        with pytest.raises(Reached):
+            prepare.main(flags)
