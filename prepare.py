@@ -50,11 +50,10 @@ CHUNK = 2 ** 20                 # how many characters or tokens are worked on at
 
 # --------------------------------------------------------------------------------- tokenizers
 
-# A word of "bpe": letters, with a space or a sign before them; up to three digits; signs, with the end of the
-# line after them and the indentation of the next; white space. Letters have their marks (\p{M}), with which
-# Hindi, Thai and Tamil write vowels.
-WORD = (r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?\p{N}{1,3}|"
-        r" ?[^\s\p{L}\p{M}\p{N}]+(?:[\r\n]+(?:[ \t]+(?!\S))?)?|\s+(?!\S)|\s+")
+# A word of "bpe": letters, with a space or a sign before them; up to three digits; signs, with the ends of
+# lines after them; white space. Letters have their marks (\p{M}), with which Hindi, Thai and Tamil write
+# vowels. Compared with others in docs/benchmarks.md.
+WORD = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 
 
 def learn_vocabulary(word_counts, n_tokens):
@@ -225,7 +224,7 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction, workers):
             print(f"learning the vocabulary from the first {size:,} characters", file=sys.stderr)
             break
     texts = [text for text, _ in first]
-    texts = texts[:max(1, round(len(texts) * (1 - val_fraction)))]      # nothing is learned from validation
+    texts = texts[:max(1, round(len(texts) * (1 - val_fraction)))]      # the rest is for validation
     word_counts = Counter()
     for counts in in_order(lambda text: Counter(regex.findall(WORD, text)), zip(texts), workers):
         word_counts.update(counts)
@@ -384,7 +383,7 @@ def read_file(path):
     with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")     # without a byte order mark
         try:
-            yield from (read_jsonl if ".jsonl" in name[-9:] else read_text)(text, path)
+            yield from (read_jsonl if name.removesuffix(".gz").endswith(".jsonl") else read_text)(text, path)
         except UnicodeDecodeError as error:
             offset = file.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8 at byte {offset:,}: convert it, or leave it out") from error

@@ -330,8 +330,8 @@ PATIENCE = timedelta(minutes=10)        # how long a rank waits for another befo
 
 # Defaults of a model, or of --init. parse_args puts them between the parser's and the flags that are given.
 RECIPES = {
-    "nano": {"max_steps": 2600, "global_batch_size": 16, "batch_size": 8, "optimizer": "muon", "lr": 5e-3,
-             "warmup": 0.03, "eval_interval": 500, "eval_sequences": 512, "log_interval": 50},
+    "nano": {"max_steps": 1400, "global_batch_size": 32, "optimizer": "muon", "lr": 7e-3, "warmup": 0.03,
+             "schedule": "trapezoid", "eval_interval": 350, "eval_sequences": 512, "log_interval": 50},
     "init": {"epochs": 3.0, "lr": 5e-5},
     "other": {"epochs": 20.0},
 }

@@ -1,4 +1,4 @@
-"""What README.md and docs/ claim: exercises that fit, commands that exist, and a loop that gives train.py's losses."""
+"""What README.md and docs/ claim: exercises that fit, commands that exist, a loop like that of train.py."""
 
 import contextlib
 import io
@@ -19,7 +19,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXERCISES_FILE = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
 EXERCISES = re.findall(
     r"^\*\*(.+?)\*\*.*?^```diff\n--- (\S+)\n(.*?)^```", EXERCISES_FILE, re.MULTILINE | re.DOTALL)
-TEXTS = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [path.read_text(encoding="utf-8") for path in FILES]
 NOTEBOOK = json.loads((ROOT / "docs" / "kaggle.ipynb").read_text(encoding="utf-8"))
 
 

@@ -290,7 +290,7 @@ def test_a_flag_comes_before_the_recipe_of_the_model_and_that_before_the_parser(
         assert args.model == "nano" and args.weight_decay == 1e-4
         assert {name: vars(args)[name] for name in train.RECIPES["nano"]} == train.RECIPES["nano"]
     args, _ = train.parse_args(["--lr", "1e-2", "--optimizer", "adamw"])
-    assert (args.lr, args.optimizer, args.batch_size) == (1e-2, "adamw", 8)
+    assert (args.lr, args.optimizer, args.global_batch_size) == (1e-2, "adamw", 32)
     args, _ = train.parse_args(["--init", "gpt2"])
     assert (args.lr, args.epochs, args.max_steps, args.model) == (5e-5, 3.0, None, None)
 
