@@ -16,7 +16,6 @@ Left out: training (train.py), text (prepare.py, sample.py), and everything inve
 
 import math
 import os
-import re
 import sys
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
@@ -298,8 +297,8 @@ def next_token(logits, temperature, top_k, top_p, generator):
 
 
 # ================================================================================== plumbing
-# A first reading may stop here: the model is complete. Below: its loss in chunks, checkpoints, Hugging Face's
-# format, devices and dtypes.
+# A first reading may stop here: the model is complete. Below: fast kernels, its loss in chunks, checkpoints,
+# Hugging Face's format, devices and dtypes.
 
 class ModelError(ValueError):
     """A model that cannot be built, loaded or run here. The message says in one line why."""
@@ -317,7 +316,8 @@ PADDED = ("cuda",)      # kinds of devices
 
 
 def fused_attention(q, k, v, dropout):
-    """attention(q, k, v, dropout) by a kernel of PyTorch's, which never holds all scores."""
+    """attention(q, k, v, dropout), where it is faster by a kernel of PyTorch's, which never holds all scores.
+    Of T queries after cached positions, it takes one alone."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     assert T == S or T == 1     # is_causal is the mask on the left; one new position sees all cached ones
     if torch.is_grad_enabled() and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -526,7 +526,8 @@ def out_of_memory(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+        signs = ("out of memory", "allocate memory")
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
             raise ModelError(f"out of memory: {advice}") from error
         raise
 

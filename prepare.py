@@ -22,6 +22,7 @@ import gzip
 import http.client
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -62,8 +63,8 @@ def learn_vocabulary(word_counts, n_tokens):
 
     The 256 bytes come first. Then a merge makes a new token of the two neighbours that occur most often (of
     several such pairs, those with the lowest numbers), and so on until there are n_tokens, or no pair occurs
-    twice. This is greedy: each merge shortens the text as much as one merge can. Some other set of merges
-    would shorten it more, but there are too many to try.
+    twice. This is greedy: each merge shortens the text about as much as one merge can. Some other set of
+    merges would shorten it more, but there are too many to try.
 
     No token reaches across words, so "the dog" and "the cat" share "the". And a word that occurs a million
     times is merged once: large texts take little time, if after a merge only the words with that pair are
@@ -158,7 +159,7 @@ def prepare(sources, folder, tokenizer_name, vocab_size=None, sample_size=None, 
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size, special)
-        name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction, workers)
+        name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
         parts = tokenizer_parts(name, vocabulary)
         # One for each thread, as threads that share one wait for each other.
         tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
@@ -209,7 +210,7 @@ def download_errors(name):
                         "folder that has it, or use --tokenizer bytes, which needs no download") from error
 
 
-def choose_tokenizer(name, vocab_size, pieces, val_fraction, workers):
+def choose_tokenizer(name, vocab_size, pieces, val_fraction):
     """Returns the name and the vocabulary of a tokenizer, and an iterator over the same pieces."""
     if name in ("gpt2", "bytes"):
         return name, "", pieces
@@ -223,11 +224,10 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction, workers):
         if size >= LEARN_FROM:
             print(f"learning the vocabulary from the first {size:,} characters", file=sys.stderr)
             break
-    texts = [text for text, _ in first]
-    texts = texts[:max(1, round(len(texts) * (1 - val_fraction)))]      # the rest is for validation
-    word_counts = Counter()
-    for counts in in_order(lambda text: Counter(regex.findall(WORD, text)), zip(texts), workers):
-        word_counts.update(counts)
+    word_counts, left = Counter(), size * (1 - val_fraction)        # the rest is for validation
+    for text, _ in first:
+        word_counts.update(regex.findall(WORD, text[:math.ceil(left)]))
+        left = max(0, left - len(text))
     tokens = learn_vocabulary({word.encode(): n for word, n in word_counts.items()}, vocab_size - 1)
     if len(tokens) < vocab_size - 1:
         print(f"no pair occurs twice now: the vocabulary has {len(tokens) + 1:,} tokens", file=sys.stderr)
@@ -353,7 +353,7 @@ def download(url, folder):
 def read_pieces(files, sample_size, special):
     """Yields (text, whether the document ends here), in order, until sample_size documents have ended, with
     little of a file in memory at a time. Reports every ten seconds how far it is, and what is odd."""
-    n_documents, n_nulls, last = 0, 0, time.monotonic()
+    n_documents, n_nulls, last, look_for_mark = 0, 0, time.monotonic(), not special
     for path in files:
         for text, ends_document in read_file(path):
             if text is None:
@@ -361,8 +361,8 @@ def read_pieces(files, sample_size, special):
                 continue
             yield text, ends_document
             n_documents += ends_document
-            if special == [] and "<|endoftext|>" in text:
-                special = None      # once is enough
+            if look_for_mark and "<|endoftext|>" in text:
+                look_for_mark = False       # once is enough
                 print(f"{path} has <|endoftext|> written in it: with --endoftext, that ends a document",
                       file=sys.stderr)
             if n_documents == sample_size:
@@ -651,10 +651,12 @@ def main(argv=None):
             raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
         options = (tokenizer, (args.vocab_size or 2048) if tokenizer == "bpe" else None, args.sample_size,
                    args.val_fraction, ["<|endoftext|>"] if args.endoftext else [])
-        if (folder / "meta.json").exists() and not args.overwrite:
-            if load_meta(folder).get("made_from") != made_from(args.sources, *options):
-                raise UserError(f"{folder} was made from something else: choose another --name, or add "
-                                "--overwrite, after which its runs cannot be resumed")
+        old, new = None, made_from(args.sources, *options)
+        with suppress(UserError):       # there is none, or nobody can use it
+            old = load_meta(folder).get("made_from")
+        if old not in (None, new) and not args.overwrite:
+            raise UserError(f"{folder} was made from something else: choose another --name, or add "
+                            "--overwrite, after which its runs cannot be resumed")
         started = time.perf_counter()
         prepare(args.sources, folder, *options)
         seconds, meta = time.perf_counter() - started, load_meta(folder)

@@ -141,7 +141,8 @@ def export(model, tokenizer, folder):
 
 
 def newest_checkpoint(*folders):
-    """Returns the best.pt, or else the last.pt, of the run that saved last, or None if there is none."""
+    """Returns the newest checkpoint of these folders: of each, best.pt counts, or else last.pt. Returns None
+    if there is none."""
     runs = {path.parent: path for name in ("last.pt", "best.pt") for folder in folders
             if (path := Path(folder, name)).exists()}
     return max(runs.values(), key=lambda path: path.stat().st_mtime, default=None)

@@ -10,7 +10,7 @@ loss), epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl (
 if matplotlib is installed, curves.png.
 
 A run that is stopped and resumed computes what it would have computed otherwise (on a CPU bit for bit): what
-happens at a step depends on the seed, the step and last.pt alone. Left out: models too large for one GPU.
+happens at a step depends on the flags, the step and last.pt alone. Left out: models too large for one GPU.
 """
 
 import argparse
@@ -153,7 +153,7 @@ class Muon(torch.optim.Optimizer):
                 # Entries of root mean square 0.2, as AdamW's have, so that both can share a learning rate
                 # (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
                 size = group["lr"] * 0.2 * math.sqrt(max(shape))
-                for matrix, update in zip(matrices, orthogonalize(means.to(self.dtype)), strict=True):
+                for matrix, update in zip(matrices, orthogonalize(means, self.dtype), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
 
     def mean_gradient(self, matrix, momentum):
@@ -165,12 +165,12 @@ class Muon(torch.optim.Optimizer):
         return matrix.grad.lerp(state["mean"], momentum)
 
 
-def orthogonalize(x):
+def orthogonalize(x, dtype):
     """x (N, rows, columns) -> for each matrix U S V^T about U V^T, by five Newton-Schulz iterations. An odd
-    polynomial of a matrix applies to each singular value; this one pushes them all to between 0.7 and 1.2."""
+    polynomial of a matrix applies to each singular value; this one brings all but tiny ones to 0.7 to 1.2."""
     if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT       # s below is smaller this way
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)       # now no singular value is above 1
+        return orthogonalize(x.mT, dtype).mT        # s below is smaller this way
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # now no singular value is above 1
     for _ in range(5):
         s = x @ x.mT
         x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
@@ -222,8 +222,8 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 
 @torch.no_grad()
 def evaluate(model, sequences, count, batch_size, autocast, world):
-    """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same, and its
-    standard error. Each rank evaluates a share of them."""
+    """Returns the mean loss in nats per token over `count` evenly spaced sequences, and its standard error.
+    Each rank evaluates a share of them."""
     chosen = np.arange(count) * len(sequences) // count
     share = chosen[world.rank::world.size]
     total = squares = batches = 0
@@ -242,16 +242,16 @@ def evaluate_and_save(run):
     """Logs the validation loss, keeps the weights if it is the lowest so far, and shows a sample."""
     save(run, "last.pt")    # evaluation is slow and might be interrupted, so save first
     run.model.eval()
-    most = run.args.eval_sequences if run.state.step < run.total_steps else math.inf
-    count = min(most, len(run.val_sequences))
-    loss, error = evaluate(run.model, run.val_sequences, count, run.args.eval_batch_size, run.autocast,
-                           run.world)
+    some = min(run.args.eval_sequences, len(run.val_sequences))
+    for count in sorted({some, len(run.val_sequences) if run.state.step == run.total_steps else some}):
+        loss, error = evaluate(run.model, run.val_sequences, count, run.args.eval_batch_size, run.autocast,
+                               run.world)
+        if count == some and loss < run.state.best_val_loss:     # always compared on the same sequences
+            run.state.best_val_loss = loss
+            save(run, "best.pt")
     # Bits per byte compare models whose tokens are of different lengths: a nat is 1 / ln 2 bits.
     bits_per_byte = loss / math.log(2) * run.data["val"]["tokens"] / max(1, run.data["val"]["bytes"])
     run.log.validation(run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
-    if loss < run.state.best_val_loss:
-        run.state.best_val_loss = loss
-        save(run, "best.pt")
     show_sample_and_curves(run)
     run.model.train()
     run.log.last = run.state.step, time.perf_counter()      # so that tokens/s are those of training alone
@@ -262,7 +262,7 @@ def evaluate_and_save(run):
 @dataclass
 class State:
     """Where a run is: with the weights, the optimizers and the loss scale, all that last.pt has to save."""
-    step: int = 0                       # steps taken
+    step: int = 0                       # steps done, with those that were skipped
     offset: int = 0                     # sequences read: where the next step begins in the order of training
     skipped: int = 0                    # steps in a row that were not taken, as something was not finite
     best_val_loss: float = math.inf     # the lowest so far
@@ -270,7 +270,7 @@ class State:
 
 @dataclass
 class Run:
-    """The parts of a run. Training changes the first four."""
+    """The parts of a run. Training changes the first four, and last.pt has them."""
     model: GPT
     optimizers: list
     scaler: torch.amp.GradScaler        # disabled unless float16
@@ -638,8 +638,8 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------- log and curves
 
 class Log:
-    """Prints lines and appends rows, JSON objects, to log.jsonl, on rank 0. The first row says how the run
-    was made."""
+    """Prints lines and appends rows, JSON objects, to log.jsonl, on rank 0. The first row of each start says
+    how the run was made."""
 
     def __init__(self, run):
         self.run, self.path, self.tracker = run, Path(run.args.out, "log.jsonl"), None
@@ -815,7 +815,7 @@ def parse_args(argv):
             given.model or load_meta(given.data)["train"]["tokens"] >= LARGE)
         model = given.model or ("gpt2-92m" if large else "nano")
         defaults = {"model": model, **RECIPES.get(model, RECIPES["other"])}
-    if given.epochs or given.minutes:
+    if given.epochs or (given.minutes and not saved):
         defaults = {**defaults, "max_steps": None}      # otherwise, max_steps comes first
     parser.set_defaults(**{**defaults, "out": out})
     return parser.parse_args(argv), saved

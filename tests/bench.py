@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     if kind == "ours":
         train.keep_freed_memory()
         optimizers = train.make_optimizers(optimizer, model, 1e-4, device, dtype)
-        net = torch.compile(model) if compiled else model
+        net = train.compiled(model) if compiled else model
     else:
         if kind == "plain":
             net = lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten())             # noqa: E731
@@ -345,7 +346,8 @@ def preparing(kind, path):
 
         def work():
             with ThreadPoolExecutor(os.cpu_count(), initializer=start) as pool:
-                return sum(map(len, pool.map(lambda batch: prepare.encode(own.tokenizer, batch), batches)))
+                return sum(map(len, pool.map(
+                    lambda batch: prepare.encode(own.tokenizer, set(), batch), batches)))
     return work
 
 
@@ -371,8 +373,8 @@ def bench_prepare(repeats):
 # --------------------------------------------------------------------------------------------- whole runs
 # Flags for the same model at the same context as others_quickstart.
 SHAKESPEARE_RECIPE = ["--data", "data/shakespeare", "--block_size", "64", "--batch_size", "16",
-                      "--max_steps", "400", "--lr", "1e-2", "--eval_interval", "400",
-                      "--eval_sequences", "9999"]
+                      "--max_steps", "400", "--lr", "1e-2", "--eval_interval", "400", "--n_head", "4",
+                      "--global_batch_size", "16", "--schedule", "linear"]
 
 
 def run(launcher, out, *flags):
@@ -419,7 +421,7 @@ def others_quickstart(path):
     torch.manual_seed(1337)
     ids = torch.tensor(list(Path(path).read_bytes()))
     ids, val = ids[:int(0.9 * len(ids))], ids[int(0.9 * len(ids)):]
-    config = replace(gpt.MODELS["nano"], block_size=64, bias=False)
+    config = replace(gpt.MODELS["nano"], block_size=64, vocab_size=257, n_head=4, bias=False)
     model = gpt.GPT(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     for step in range(2000):
@@ -464,8 +466,36 @@ def bench_loss(repeats):
         f"{seconds / their_seconds:.2f}", "1.886, ≤ 0.33")
 
 
+def bench_vocabulary(repeats):
+    """Learns 2,048 tokens from the standard library, counting of words included."""
+    import regex
+    import tokenizers
+    texts = [text for text, _ in prepare.read_pieces(prepare.find_files("python", "."), None, ())]
+
+    def ours():
+        started = time.perf_counter()
+        counts = Counter(word.encode() for text in texts for word in regex.findall(prepare.WORD, text))
+        prepare.learn_vocabulary(counts, 2047)
+        return time.perf_counter() - started
+
+    def theirs():
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(prepare.WORD), "isolated")
+        in_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, in_bytes])
+        started = time.perf_counter()
+        tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+            vocab_size=2047, show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        return time.perf_counter() - started
+
+    seconds, their_seconds = medians(repeats, ours, theirs)
+    row("learning 2,048 tokens from the standard library", f"{seconds:.1f} s",
+        f"`tokenizers` (Rust) {their_seconds:.1f} s", f"{seconds / their_seconds:.1f}", "≤ 8 s")
+
+
 def bench_quickstart():
-    prepare.prepare(["python"], "data/python", "bytes")
+    prepare.prepare(["python"], "data/python", "bpe", 2048)
     rows, seconds = run(TORCHRUN, "quickstart")
     row("training of the quickstart: bits per byte", f"{rows[-1]['bits_per_byte']:.3f}",
         f"in {prepare.duration(seconds)}", "")
@@ -473,7 +503,8 @@ def bench_quickstart():
 
 def main():
     groups = {"training": bench_training, "generation": bench_generation, "cache": bench_cache,
-              "prepare": bench_prepare, "ranks": bench_ranks, "loss": bench_loss,
+              "prepare": bench_prepare, "vocabulary": bench_vocabulary,
+              "ranks": bench_ranks, "loss": bench_loss,
               "quickstart": lambda repeats: bench_quickstart()}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

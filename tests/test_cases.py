@@ -66,9 +66,10 @@ def test_a_backend_of_matplotlib_that_is_missing_does_not_end_a_run(data):
 @pytest.mark.usefixtures("bare")
 def test_a_tracker_that_fails_does_not_end_a_run(data, monkeypatch, name):
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(wandb if name == "init" else wandb.Run, name, failing)
     assert run("--max_steps", 2, "--wandb")[1]["step"] == 2
+    wandb.finish()
 
 
 # -------------------------------------------------------------------------------------------- folders
@@ -120,6 +121,9 @@ def test_other_data_are_not_overwritten_unless_that_is_asked_for(fails):
     assert documents("data/books") == ["books.txt"]
     prepare.main(["books", "--tokenizer", "bytes", "--overwrite"])
     assert documents("data/books") == ["books/a.txt"]
+    Path("data/books/meta.json").write_text("damaged")
+    prepare.main(["books.txt", "--tokenizer", "bytes"])
+    assert documents("data/books") == ["books.txt"]
 
 
 def test_a_file_with_a_short_name_is_not_passed_over_in_silence(monkeypatch, capsys):

@@ -198,7 +198,7 @@ def test_torchrun_returns_a_run_whose_worker_was_killed_to_its_last_checkpoint(d
     result = torchrun(*FAULTY, "--resume", options=["--max_restarts=1"],
                       first=acting("os.kill(os.getpid(), signal.SIGKILL)"))
     assert result.returncode == 0, result.stderr
-    assert "6 steps, 1.71 epochs, 2 of them done" in result.stdout
+    assert "6 steps, 3.43 epochs, 2 of them done" in result.stdout
     assert [row["step"] for row in log() if "loss" in row] == [1, 2, 3, 3, 4, 5, 6]
     assert same_weights(last("out/whole"), last("out/text"))
 
@@ -226,7 +226,7 @@ def test_a_machine_that_dies_and_comes_back_joins_the_run_again_at_its_last_chec
         stack.callback(second.kill)
         outputs = [process.communicate(timeout=100)[0] for process in (first, second)]
     assert first.returncode == second.returncode == 0, outputs
-    assert "6 steps, 1.71 epochs, 2 of them done" in outputs[0]
+    assert "6 steps, 3.43 epochs, 2 of them done" in outputs[0]
     assert same_weights(last("out/whole"), last("out/text"))
 
 

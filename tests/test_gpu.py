@@ -119,7 +119,9 @@ def test_evaluations_are_of_some_sequences_and_the_last_one_of_all(data, monkeyp
     monkeypatch.setattr(train, "evaluate", lambda model, sequences, count, *args: counts.append(
         count) or evaluate(model, sequences, count, *args))
     run("--max_steps", 4, "--eval_interval", 2, "--eval_sequences", 5)
-    assert counts == [5, 12]
+    assert counts == [5, 5, 12]
+    loss = gpt.load_checkpoint("out/text/best.pt")[1]["best_val_loss"]
+    assert loss != log()[-1]["val_loss"]        # the best one is chosen on the same sequences each time
 
 
 def test_bfloat16_on_a_gpu_without_hardware_for_it_is_warned_of(monkeypatch, capsys):
@@ -149,7 +151,7 @@ def test_minutes_become_steps_once_and_measuring_leaves_no_trace(data, monkeypat
     assert same_weights(timed, plain)
     run("--minutes", 0.06, *flags, "--max_minutes", 1e-9, out="out/stopped")
     monkeypatch.setattr(train, "seconds_per_step", lambda run: pytest.fail("measured again"))
-    train.main(["--out", "out/stopped", "--resume", "--max_minutes", "9"])
+    train.main(["--out", "out/stopped", "--resume", "--minutes", "0.06", "--max_minutes", "9"])
     resumed, _ = gpt.load_checkpoint("out/stopped/last.pt")
     assert same_weights(timed, resumed)
 

@@ -135,7 +135,7 @@ def test_matrices_decay_and_vectors_do_not(tiny, name):
 def test_muon_brings_the_singular_values_of_matrices_near_1_and_keeps_their_directions(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(x, full_matrices=False)
-    s = u.mT @ train.orthogonalize(1000 * x) @ v.mT
+    s = u.mT @ train.orthogonalize(1000 * x, x.dtype) @ v.mT
     diagonal = s.diagonal(dim1=1, dim2=2)
     assert diagonal.min() > 0.65 and diagonal.max() < 1.25
     assert (s - torch.diag_embed(diagonal)).abs().max() < 1e-4
@@ -157,7 +157,7 @@ def test_a_step_of_muon_moves_matrices_in_blocks_by_their_orthogonal_momentum_an
             by_muon.named_parameters(), before.parameters(), by_adamw.parameters(), strict=True):
         if name.startswith("h.") and p.dim() == 2:
             for _ in range(2):      # the mean of multiples of a matrix is a multiple, too
-                direction = train.orthogonalize(torch.eye(*p.shape)[None])[0]
+                direction = train.orthogonalize(torch.eye(*p.shape)[None], p.dtype)[0]
                 start = start * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(p.shape) ** 0.5 * direction
             assert torch.allclose(p, start, atol=1e-6), name
         else:
@@ -178,7 +178,7 @@ def test_the_momentum_of_muon_is_a_running_mean_with_nesterovs_look_ahead(tiny):
 
 def test_muon_computes_in_the_dtype_of_matmuls_and_keeps_its_mean_in_float32(tiny, monkeypatch):
     seen, orthogonalize = set(), train.orthogonalize
-    monkeypatch.setattr(train, "orthogonalize", lambda x: seen.add(x.dtype) or orthogonalize(x))
+    monkeypatch.setattr(train, "orthogonalize", lambda x, dtype: seen.add(dtype) or orthogonalize(x, dtype))
     model = gpt.GPT(tiny)
     _, muon = train.make_optimizers("muon", model, 0.1, CPU, torch.bfloat16)
     for p in model.parameters():
