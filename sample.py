@@ -1,6 +1,6 @@
 """Weights and a prompt to text: continues the prompt and prints each character as soon as it is complete.
 
-    python sample.py --prompt "def "                                    uses the newest out/*/best.pt
+    python sample.py --prompt "def"                                     uses the newest out/*/best.pt
     python sample.py --prompt_file - --num_samples 3 < question.txt
     python sample.py --prompt "Once upon" --show_probs                  what else could have come
     python sample.py --export FOLDER                                    for Hugging Face's transformers
@@ -160,7 +160,8 @@ def read_prompt(file):
 def parse_args(argv):
     parser = Parser(description="Continue a prompt with a trained model.")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", help="the text to continue (default: start a new document)")
+    prompt.add_argument("--prompt", default="", help="the text to continue, best without a space at its end "
+                        "(default: start a new document)")
     prompt.add_argument("--prompt_file", help="a file that contains it, or - for standard input")
     add = parser.add_argument
     add("--checkpoint", help="a file or folder that train.py wrote, a folder with a GPT-2 in Hugging Face's "
