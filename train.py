@@ -81,7 +81,7 @@ class Batches:
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
-        self.share = global_batch_size // world.size
+        self.share = global_batch_size // world.size    # without --global_batch_size: batch_size
         sizes = range(1, min(batch_size, self.share) + 1)
         self.micro_batch_size = max(size for size in sizes if self.share % size == 0)
 
@@ -276,15 +276,15 @@ class Run:
     scaler: torch.amp.GradScaler        # disabled unless float16
     state: State
     args: argparse.Namespace            # the flags
-    world: object                       # the ranks
+    world: object                       # the ranks: World, below
     data: dict                          # meta.json
-    batches: Batches
-    val_sequences: Sequences
-    autocast: object
+    batches: Batches                    # of training
+    val_sequences: Sequences            # for validation
+    autocast: object                    # runs matmuls in a faster dtype
     total_steps: int = 0
     warmup_steps: int = 0
     wrapped_model: object = None        # model as it is trained, maybe compiled and in DDP
-    log: object = None
+    log: object = None                  # Log, below
     saved_at: float = 0.0               # when last.pt was written
 
 

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, log
+
+import prepare
+import train
 
 
 def shell(line):
@@ -33,3 +37,14 @@ def test_each_program_explains_its_flags():
     for script in ("prepare.py", "train.py", "sample.py"):
         explained = shell(f"python {script} --help")
         assert "(default: " in explained and "default: None" not in explained and "SUPPRESS" not in explained
+
+
+def test_the_first_100_steps_are_those_that_were_measured(monkeypatch):
+    """Where nothing else fails, a change has altered what is learned: measure the quickstart again."""
+    monkeypatch.setattr(train, "show_sample_and_curves", lambda run: None)
+    Path("text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(3000)))
+    prepare.prepare(["text.txt"], "data/text", "bpe", 400)
+    train.main(["--data", "data/text", "--model", "nano", "--dtype", "float32", "--batch_size", "4",
+                "--global_batch_size", "8", "--max_steps", "100", "--log_interval", "20"])
+    losses = [row["loss"] for row in log() if "loss" in row]
+    assert losses == pytest.approx([6.0125, 3.4454, 3.0205, 2.8454, 2.1474, 2.1768], rel=0.01)
