@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -38,6 +39,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_configure(config):
+    # Where a shell starts the tests in the background, Ctrl-C is ignored, also by all that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tiny models are no faster on several threads, and much slower where other processes use the cores.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
