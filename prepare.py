@@ -35,6 +35,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import chain, cycle, pairwise, repeat
 from pathlib import Path
@@ -130,6 +131,7 @@ def tokenizer_parts(name, vocabulary=""):
             "special_tokens": {"<|endoftext|>": len(ranks)}}
 
 
+@lru_cache(maxsize=1)
 def get_tokenizer(name, vocabulary=""):
     """Returns a tiktoken.Encoding; tiktoken downloads the vocabulary of "gpt2" once. Raises UserError if that
     fails."""
@@ -231,8 +233,12 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
     tokens = learn_vocabulary({word.encode(): n for word, n in word_counts.items()}, vocab_size - 1)
     if len(tokens) < vocab_size - 1:
         print(f"no pair occurs twice now: the vocabulary has {len(tokens) + 1:,} tokens", file=sys.stderr)
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
-    return name, "".join(lines), chain(first, pieces)
+    return name, vocabulary_text({token: i for i, token in enumerate(tokens)}), chain(first, pieces)
+
+
+def vocabulary_text(ranks):
+    """Returns mergeable ranks as a text in tiktoken's format, which tokenizer_parts reads."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
 def batches(pieces):
@@ -327,7 +333,7 @@ def is_text(name):
     return name.lower().endswith(SUFFIXES)
 
 
-def walk(folder, within=()):
+def walk(folder, within):
     """Returns all files in a folder and its subfolders, linked ones too, but no hidden ones."""
     files = []
     for entry in folder.iterdir():
@@ -522,13 +528,17 @@ def load_meta(folder):
     raise UserError(f"{folder} is damaged, half-written, or of another version: run prepare.py again")
 
 
+def token_text(tokenizer, token):
+    """Returns the text of one token; bytes that are a part of a character are shown as \\xe2."""
+    return tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
+
+
 def show_tokens(meta, folder):
     """Prints the merges that were learned first and last, and how a text is split into tokens."""
     tokenizer = get_tokenizer(meta["tokenizer"], meta["vocabulary"])
 
     def pieces(tokens):
-        return [tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
-                for token in tokens if token != tokenizer.eot_token]
+        return [token_text(tokenizer, token) for token in tokens if token != tokenizer.eot_token]
 
     if meta["tokenizer"] == "bpe":
         end = tokenizer.eot_token
@@ -599,6 +609,13 @@ def one_line_errors(*kinds):
         raise SystemExit(130) from None
 
 
+def ending_signals():
+    """Returns the signals that end a program, but for those it was started to ignore, as nohup does."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")     # Windows lacks the last
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def in_colour():
     """Whether colours are wanted (https://no-color.org)."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
@@ -640,9 +657,8 @@ def main(argv=None):
         help="share of the tokens, at the end, that is kept for validation")
     with one_line_errors(UserError, OSError):
         args = parser.parse_args(argv)
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):       # ends like Ctrl-C, which leaves nothing behind
-                signal.signal(getattr(signal, name), signal.default_int_handler)
+        for number in ending_signals():     # all end it like Ctrl-C, which leaves nothing behind
+            signal.signal(number, signal.default_int_handler)
         folder = Path("data", args.name or default_name(args.sources[0]))
         tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
         if args.vocab_size and tokenizer != "bpe":

@@ -8,7 +8,6 @@
 How the next token is chosen is in gpt.py (GPT.generate and next_token). Left out: chat.
 """
 
-import base64
 import codecs
 import os
 import sys
@@ -19,7 +18,7 @@ import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint, out_of_memory
 from prepare import Parser, UserError, checked, get_tokenizer, in_colour, one_line_errors, positive_int
-from prepare import seed_int, tokenizer_parts
+from prepare import seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
@@ -71,7 +70,7 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
 def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
     """Prints a line for each token: its probability and its three likeliest rivals. A > marks what is new."""
     def shown(token):
-        return repr(tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace"))
+        return repr(token_text(tokenizer, token))
 
     ids = encode_prompt(tokenizer, prompt)
     n_prompt = min(len(ids), model.config.block_size)
@@ -125,11 +124,10 @@ def export(model, tokenizer, folder):
     parts = tokenizer_parts(*tokenizer)
     [end] = parts["special_tokens"]
     model.save_pretrained(folder)
-    lines = b"".join(b"%b %d\n" % (base64.b64encode(token), rank)
-                     for token, rank in parts["mergeable_ranks"].items())
+    text = vocabulary_text(parts["mergeable_ranks"])
     with tempfile.TemporaryDirectory() as temporary:        # a new path, as tiktoken caches files by path
         vocabulary = Path(temporary, "vocabulary.tiktoken")
-        vocabulary.write_bytes(lines)
+        vocabulary.write_text(text)
         converter = TikTokenConverter(str(vocabulary), parts["pat_str"], extra_special_tokens=[end])
         tokenizer_object = converter.converted()
     PreTrainedTokenizerFast(
@@ -137,7 +135,7 @@ def export(model, tokenizer, folder):
         model_max_length=model.config.block_size).save_pretrained(folder)
     Path(folder, "vocabulary.tiktoken").unlink(missing_ok=True)
     if tokenizer[0] != "gpt2":      # load_model looks for it
-        Path(folder, "vocabulary.tiktoken").write_bytes(lines)
+        Path(folder, "vocabulary.tiktoken").write_text(text)
 
 
 def newest_checkpoint(*folders):

@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt import DTYPES, GPT, MODELS, ModelError, choose_device, choose_dtype, load_checkpoint, mixed_precision
 from gpt import out_of_memory, save_checkpoint
-from prepare import Parser, UserError, checked, duration, get_tokenizer, held, load_meta, load_tokens
-from prepare import one_line_errors, positive_float, positive_int, seed_int
+from prepare import Parser, UserError, checked, duration, ending_signals, get_tokenizer, held, load_meta
+from prepare import load_tokens, one_line_errors, positive_float, positive_int, seed_int
 from sample import complete, load_model
 
 
@@ -415,10 +415,7 @@ def stop_signal():
             with suppress(OSError):     # not print, which the signal may have interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
-    numbers = [number for number in signal.valid_signals()
-               if getattr(number, "name", None) in ("SIGINT", "SIGTERM", "SIGHUP")
-               and signal.getsignal(number) != signal.SIG_IGN]      # so that under nohup, a run continues
-    handlers = {number: signal.signal(number, receive) for number in numbers}
+    handlers = {number: signal.signal(number, receive) for number in ending_signals()}
     try:
         yield lambda: bool(received)
     finally:
@@ -523,8 +520,7 @@ def seconds_per_step(run, n_steps=5):
         seconds.append(time.perf_counter() - started)
     for optimizer in run.optimizers:
         optimizer.state.clear()
-    if run.scaler.is_enabled():
-        run.scaler.load_state_dict(scaler)
+    run.scaler.load_state_dict(scaler)
     [total] = run.world.sum(sorted(seconds[1:])[n_steps // 2])      # in the first one, much is set up
     return total / run.world.size
 
@@ -811,8 +807,8 @@ def parse_args(argv):
     elif given.init:
         defaults = RECIPES["init"]
     else:
-        large = choose_device(given.device).type == "cuda" and (
-            given.model or load_meta(given.data)["train"]["tokens"] >= LARGE)
+        large = (not given.model and choose_device(given.device).type == "cuda"
+                 and load_meta(given.data)["train"]["tokens"] >= LARGE)
         model = given.model or ("gpt2-92m" if large else "nano")
         defaults = {"model": model, **RECIPES.get(model, RECIPES["other"])}
     if given.epochs or (given.minutes and not saved):
@@ -832,7 +828,8 @@ def start(argv):
         world.print(f"training {args.init or args.model} on {world.device.type} in {str(dtype)[6:]} (there "
                     f"is {gpu} CUDA GPU here); {writes}")
         keep_freed_memory()
-        torch.set_float32_matmul_precision("high")      # tensor cores for float32, if this is a CUDA GPU
+        if world.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")      # tensor cores for float32
         run = set_up(args, world, dtype, saved)
         del saved       # its memory is needed no more
         describe(run)

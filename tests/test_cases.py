@@ -207,6 +207,17 @@ def test_a_signal_to_prepare_leaves_nothing_behind(monkeypatch, name):
         signal.signal(signal.Signals[name], handler)
 
 
+def test_under_nohup_the_end_of_the_terminal_does_not_end_prepare(monkeypatch):
+    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)]
+    Path("books.txt").write_text("one")
+    monkeypatch.setattr(prepare, "find_files", lambda source, folder: (
+        signal.raise_signal(signal.SIGHUP) or [Path(source)]))
+    prepare.main(["books.txt", "--tokenizer", "bytes"])
+    assert documents("data/books") == ["one"]
+    signal.signal(signal.SIGHUP, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+
+
 def test_ctrl_c_ends_a_dry_run_at_once(data, monkeypatch, capsys):
     at_step(monkeypatch, 2, lambda model: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stop:

@@ -462,6 +462,11 @@ def test_in_float16_a_gradient_that_overflows_is_skipped_and_halves_the_scale(da
     assert meta["optimizers"] == [{}] and meta["skipped"] == 2                  # no step was taken
 
 
+def test_on_a_cpu_float32_stays_float32(data):
+    run("--max_steps", 1)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_float16_is_close_to_float32(data):
     run("--max_steps", 3, "--dtype", "float16", out="out/half")
     run("--max_steps", 3, out="out/single")
