@@ -181,7 +181,7 @@ def prepare(sources, folder, tokenizer_name, vocab_size=None, sample_size=None, 
         for split in ("train", "val"):
             meta[split] = statistics(new / f"{split}.bin", tokenizers[0], workers)
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return meta
+    return load_meta(folder)
 
 
 def load_tokens(folder, split):
@@ -674,8 +674,8 @@ def main(argv=None):
             raise UserError(f"{folder} was made from something else: choose another --name, or add "
                             "--overwrite, after which its runs cannot be resumed")
         started = time.perf_counter()
-        prepare(args.sources, folder, *options)
-        seconds, meta = time.perf_counter() - started, load_meta(folder)
+        meta = prepare(args.sources, folder, *options)
+        seconds = time.perf_counter() - started
         documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
         print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "
               f"{meta['val']['tokens']:,} for validation, tokenizer {meta['tokenizer']} with "

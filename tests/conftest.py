@@ -92,6 +92,20 @@ def data(tiny):
 
 
 @pytest.fixture
+def checkpoint(model):
+    """A tiny model of bytes as the checkpoint of a run."""
+    Path("out/text").mkdir(parents=True)
+    gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
+    return "out/text/best.pt"
+
+
+def documents(folder):
+    """The texts in a data folder of bytes."""
+    tokens = [*prepare.load_tokens(folder, "train"), *prepare.load_tokens(folder, "val")]
+    return prepare.get_tokenizer("bytes").decode(tokens).split("<|endoftext|>")[:-1]
+
+
+@pytest.fixture
 def bare(monkeypatch):
     """Leaves out samples and curves, which take most of a tiny run's time."""
     monkeypatch.setattr(train, "show_sample_and_curves", lambda run: None)

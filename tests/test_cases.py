@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import QUICK, RESUME, ROOT, at_step, log, run
+from conftest import QUICK, RESUME, ROOT, at_step, documents, log, run
 
 import gpt
 import prepare
@@ -27,18 +27,6 @@ def shell(command, **environment):
     command = command.replace("PYTHON ", f"'{sys.executable}' '{ROOT}'/")
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100,
                           env={**ENVIRONMENT, **environment})
-
-
-def documents(folder):
-    tokens = [*prepare.load_tokens(folder, "train"), *prepare.load_tokens(folder, "val")]
-    return prepare.get_tokenizer("bytes").decode(tokens).split("<|endoftext|>")[:-1]
-
-
-@pytest.fixture
-def checkpoint(model):
-    Path("out/text").mkdir(parents=True)
-    gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
-    return "out/text/best.pt"
 
 
 def failing(*args, **options):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, log, run, same_weights
+from conftest import ROOT, documents, log, run, same_weights
 
 import gpt
 import prepare
@@ -194,18 +194,13 @@ def parquet(path, **columns):
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def text_of(folder):
-    ids = [*prepare.load_tokens(folder, "train"), *prepare.load_tokens(folder, "val")]
-    return get_tokenizer("bytes").decode(ids).split("<|endoftext|>")[:-1]
-
-
 def test_each_row_of_a_parquet_file_is_a_document():
     texts = [f"text {i}" for i in range(3000)]
     parquet("rows.parquet", id=list(range(3000)), text=texts)
     prepare.main(["rows.parquet", "--tokenizer", "bytes"])
-    assert text_of("data/rows") == texts
+    assert documents("data/rows") == texts
     prepare.main(["rows.parquet", "--tokenizer", "bytes", "--sample_size", "7", "--overwrite"])
-    assert text_of("data/rows") == texts[:7]
+    assert documents("data/rows") == texts[:7]
 
 
 def test_a_folder_may_mix_parquet_with_other_files():
@@ -214,7 +209,7 @@ def test_a_folder_may_mix_parquet_with_other_files():
     parquet("mixed/b.parquet", text=["two", "", "three"])
     Path("mixed/c.jsonl").write_text('{"text": "four"}\n')
     prepare.main(["mixed", "--tokenizer", "bytes"])
-    assert text_of("data/mixed") == ["one", "two", "three", "four"]
+    assert documents("data/mixed") == ["one", "two", "three", "four"]
 
 
 def test_parquet_without_text_or_damaged_is_reported_in_one_line(fails):
@@ -237,7 +232,7 @@ def test_datasets_of_the_hub_are_streamed_by_name(monkeypatch, source, asked):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     prepare.main([source, "--tokenizer", "bytes", "--name", "text"])
-    assert text_of("data/text") == ["one", "two"]
+    assert documents("data/text") == ["one", "two"]
 
 
 def test_without_a_network_a_dataset_of_the_hub_is_refused_in_one_line(fails):
@@ -269,7 +264,7 @@ def server():
 
 def test_a_url_is_downloaded_prepared_and_not_kept(server):
     prepare.main([f"{server}/books/moby.txt?download=true", "--tokenizer", "bytes"])
-    assert text_of("data/moby") == ["x" * 1000]
+    assert documents("data/moby") == ["x" * 1000]
     assert os.listdir("data") == ["moby"]
     assert sorted(os.listdir("data/moby")) == ["meta.json", "train.bin", "val.bin"]
 
@@ -277,7 +272,7 @@ def test_a_url_is_downloaded_prepared_and_not_kept(server):
 def test_shakespeare_is_downloaded_from_its_url(server, monkeypatch):
     monkeypatch.setitem(prepare.NAMED_SOURCES, "shakespeare", f"{server}/input.txt")
     prepare.main(["shakespeare", "--tokenizer", "bytes"])
-    assert text_of("data/shakespeare") == ["x" * 1000]
+    assert documents("data/shakespeare") == ["x" * 1000]
 
 
 @pytest.mark.parametrize("path, message", [

@@ -33,13 +33,6 @@ def spoken(script, prompt="x", **options):
 
 
 @pytest.fixture
-def checkpoint(model):
-    Path("out/text").mkdir(parents=True)
-    gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
-    return "out/text/best.pt"
-
-
-@pytest.fixture
 def sampled(capsys, checkpoint):
     """sampled(flag, ...) is what sample.py prints, without the line's end."""
     def sample(*flags):
