@@ -12,6 +12,7 @@ the tokenizer "bytes" each byte is a token. "gpt2" has 50,257 tokens, most of th
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
 each followed by the token <|endoftext|>. The last tenth of all tokens is val.bin; no model is trained on it.
+A document is a file, a row of a table, or what stands between two <|endoftext|> that are written in a text.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
@@ -37,17 +38,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import chain, cycle, pairwise, repeat
+from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 
+import filelock
 import numpy as np
 import regex
 import tiktoken
 import tiktoken_ext.openai_public
 
 TOKEN = np.dtype("<u2")         # a token on disk: little-endian uint16
-FORMAT = 2                      # version of the files
-CHUNK = 2 ** 20                 # how many characters or tokens are worked on at a time
+FORMAT = 3                      # version of the files
+CHUNK = 2 ** 15                 # characters that are read from a file at a time
 
 
 # --------------------------------------------------------------------------------- tokenizers
@@ -138,12 +140,11 @@ def get_tokenizer(name, vocabulary=""):
     return tiktoken.Encoding(**tokenizer_parts(name, vocabulary))
 
 
-def encode(tokenizer, special, pieces):
-    """Encodes a list of (text, whether the document ends here). Returns the tokens, uint16. special is a set:
-    {"<|endoftext|>"} makes those written in a text end documents, too."""
+def encode(tokenizer, pieces):
+    """Encodes a list of (text, whether the document ends here). Returns the tokens, uint16."""
     tokens = []
     for text, ends_document in pieces:
-        tokens.append(tokenizer.encode_to_numpy(text, allowed_special=special, disallowed_special=()))
+        tokens.append(tokenizer.encode_to_numpy(text, allowed_special="all"))
         if ends_document:
             tokens.append(np.array([tokenizer.eot_token], TOKEN))
     return np.concatenate(tokens, dtype=TOKEN)
@@ -151,7 +152,7 @@ def encode(tokenizer, special, pieces):
 
 # -------------------------------------------------------------------------------- token files
 
-def prepare(sources, folder, tokenizer_name, vocab_size=None, sample_size=None, val_fraction=0.1, special=(),
+def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1,
             workers=None):
     """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
     The tokenizer is "gpt2", "bytes", "bpe" with a new vocabulary, or that of another data folder. The result
@@ -160,27 +161,23 @@ def prepare(sources, folder, tokenizer_name, vocab_size=None, sample_size=None, 
     workers = workers or os.cpu_count()
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
-        pieces = read_pieces(files, sample_size, special)
+        pieces = read_pieces(files, sample_size)
         name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
         parts = tokenizer_parts(name, vocabulary)
         # One for each thread, as threads that share one wait for each other.
         tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
-        work = zip(cycle(tokenizers), repeat(set(special)), batches(pieces))
+        batches = iter(lambda: list(islice(pieces, 32)), [])
         with open(new / "train.bin", "wb") as file:
-            n_tokens = sum(map(file.write, in_order(encode, work, workers))) // TOKEN.itemsize
+            encoded = in_order(encode, zip(cycle(tokenizers), batches), workers)
+            n_tokens = sum(map(file.write, encoded)) // TOKEN.itemsize
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
         n_train = int(n_tokens * (1 - val_fraction))
         np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
-        if vocabulary:
-            (new / "vocabulary.tiktoken").write_text(vocabulary)
-        meta = {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizers[0].n_vocab,
-                "vocabulary_crc32": zlib.crc32(vocabulary.encode()), "made_from": made_from(
-                    sources, tokenizer_name, vocab_size, sample_size, val_fraction, special)}
-        for split in ("train", "val"):
-            meta[split] = statistics(new / f"{split}.bin", tokenizers[0], workers)
-        (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        (new / "vocabulary.tiktoken").write_text(vocabulary)
+        write_meta(new, {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizers[0].n_vocab, **{
+            split: statistics(new / f"{split}.bin", tokenizers[0]) for split in ("train", "val")}})
     return load_meta(folder)
 
 
@@ -241,19 +238,6 @@ def vocabulary_text(ranks):
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
-def batches(pieces):
-    """Groups pieces into lists of about CHUNK characters, so that short documents, too, keep a core busy."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= CHUNK:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def in_order(function, items, workers):
     """Yields function(*item) for each item, in order, computed by threads on all cores, as tiktoken and NumPy
     release Python's global lock. Reads only a few items ahead, so memory does not grow with their number."""
@@ -267,21 +251,15 @@ def in_order(function, items, workers):
             yield pending.popleft().result()
 
 
-def statistics(path, tokenizer, workers):
-    """Counts a token file's documents, bytes of text and tokens. CRC-32 tells apart files with equal
-    counts."""
+def statistics(path, tokenizer):
+    """Counts a token file's documents, bytes of text and tokens. CRC-32 tells apart files of equal counts."""
     bytes_of = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     bytes_of[tokenizer.eot_token] = 0
     counts, crc32 = np.zeros(tokenizer.n_vocab, dtype=np.int64), 0
-
-    def count(start):
-        tokens = np.fromfile(path, TOKEN, CHUNK, offset=start)
-        return tokens, np.bincount(tokens, minlength=tokenizer.n_vocab)
-
-    starts = range(0, path.stat().st_size, CHUNK * TOKEN.itemsize)
-    for tokens, part in in_order(count, zip(starts), workers):
-        counts += part
-        crc32 = zlib.crc32(tokens, crc32)
+    with open(path, "rb") as file:
+        while chunk := file.read(2 ** 20):
+            counts += np.bincount(np.frombuffer(chunk, TOKEN), minlength=tokenizer.n_vocab)
+            crc32 = zlib.crc32(chunk, crc32)
     return {"documents": int(counts[tokenizer.eot_token]), "bytes": int(counts @ bytes_of),
             "tokens": int(counts.sum()), "crc32": crc32}
 
@@ -304,7 +282,6 @@ def find_files(source, folder):
     if source in ("python", *NAMED_SOURCES) and os.path.exists(source):
         print(f"{source} is a short name: write ./{source} for the file or folder here", file=sys.stderr)
     source = str(NAMED_SOURCES.get(source, source))
-    path, is_url = Path(source), source.startswith(("https://", "http://"))
     if source.startswith("hf:"):
         return [source]
     if source == "python":
@@ -312,36 +289,30 @@ def find_files(source, folder):
         # Neither installed packages, nor tests, nor the tables of characters in encodings.
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
         return sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts))
-    if path.is_dir():
-        files = walk(path, {path.resolve()})
-        taken = sorted(file for file in files if is_text(file.name))
-        if not taken:
-            raise UserError(f"{source} contains no file that ends in {', '.join(SUFFIXES)}")
-        if others := {file.suffix for file in files if not is_text(file.name)}:
-            print(f"{source}: {len(taken)} files; {len(files) - len(taken)} others are left out, ending in "
-                  f"{', '.join(sorted(others))}", file=sys.stderr)
-        return taken
-    if not is_url and not path.exists():
+    if is_url := source.startswith(("https://", "http://")):
+        files = [Path(source.partition("?")[0])]
+    elif os.path.exists(source):
+        files = list(walk(Path(source)))
+    else:
         raise UserError(f"there is no {source}: a SOURCE is a file, a folder, a URL, hf:OWNER/NAME, python, "
                         f"{' or '.join(NAMED_SOURCES)}")
-    if not is_text(source.partition("?")[0] if is_url else source):
-        raise UserError(f"{source} must end in one of {', '.join(SUFFIXES)}, which says how to read it")
-    return [download(source, folder) if is_url else path]
+    taken = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
+    if not taken:
+        raise UserError(f"{source}: no file ends in {', '.join(SUFFIXES)}, which says how to read it")
+    if others := set(files) - set(taken):
+        print(f"{source}: {len(taken)} files; {len(others)} others are left out, ending in "
+              f"{', '.join(sorted({file.suffix for file in others}))}", file=sys.stderr)
+    return [download(source, folder)] if is_url else taken
 
 
-def is_text(name):
-    return name.lower().endswith(SUFFIXES)
-
-
-def walk(folder, within):
-    """Returns all files in a folder and its subfolders, linked ones too, but no hidden ones."""
-    files = []
-    for entry in folder.iterdir():
-        if entry.is_file() and not entry.name.startswith("."):
-            files.append(entry)
-        elif entry.is_dir() and not entry.name.startswith(".") and entry.resolve() not in within:
-            files += walk(entry, {*within, entry.resolve()})
-    return files
+def walk(path, within=()):
+    """Yields a file, or all files in a folder and its subfolders, linked ones too, but no hidden ones."""
+    if path.is_file():
+        yield path
+    elif path.is_dir() and path.resolve() not in within:        # otherwise a link leads in a circle
+        for entry in path.iterdir():
+            if not entry.name.startswith("."):
+                yield from walk(entry, (*within, path.resolve()))
 
 
 def download(url, folder):
@@ -356,10 +327,10 @@ def download(url, folder):
     return path
 
 
-def read_pieces(files, sample_size, special):
+def read_pieces(files, sample_size):
     """Yields (text, whether the document ends here), in order, until sample_size documents have ended, with
-    little of a file in memory at a time. Reports every ten seconds how far it is, and what is odd."""
-    n_documents, n_nulls, last, look_for_mark = 0, 0, time.monotonic(), not special
+    little of a file in memory at a time. Reports every ten seconds how far it is."""
+    n_documents, n_nulls, last = 0, 0, time.monotonic()
     for path in files:
         for text, ends_document in read_file(path):
             if text is None:
@@ -367,10 +338,6 @@ def read_pieces(files, sample_size, special):
                 continue
             yield text, ends_document
             n_documents += ends_document
-            if look_for_mark and "<|endoftext|>" in text:
-                look_for_mark = False       # once is enough
-                print(f"{path} has <|endoftext|> written in it: with --endoftext, that ends a document",
-                      file=sys.stderr)
             if n_documents == sample_size:
                 return
             if time.monotonic() > last + 10:
@@ -470,15 +437,15 @@ def new_folder(folder):
         try:
             new.mkdir()
             yield new
-            for name in ("meta.json", "vocabulary.tiktoken"):
-                (folder / name).unlink(missing_ok=True)
-            files = [path for path in new.iterdir() if path.is_file()]
-            for path in sorted(files, key=lambda path: path.name == "meta.json"):
-                os.replace(path, folder / path.name)
+            (folder / "meta.json").unlink(missing_ok=True)
+            for name in ("vocabulary.tiktoken", "train.bin", "val.bin", "meta.json"):
+                os.replace(new / name, folder / name)
+        except BaseException:
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             shutil.rmtree(new, ignore_errors=True)
-            if not existed and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 @contextmanager
@@ -486,45 +453,35 @@ def held(folder):
     """Makes a folder and holds it, so that no other process can. However this process ends, the system lets
     go of it. Raises UserError if another one holds it."""
     os.makedirs(folder, exist_ok=True)
-    descriptor = None
     try:
-        import fcntl        # Windows does not have it, and lets two processes write
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock = filelock.FileLock(Path(folder, ".lock")).acquire(timeout=0)
+    except filelock.Timeout as error:
         raise UserError(f"another process is writing to {folder}: wait for it, or choose another") from error
-    except (ImportError, OSError):      # so does a disk that has no locks
-        pass
-    try:
+    with lock:
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
-def made_from(sources, *options):
-    """What tells apart data folders of one name, as meta.json has it."""
-    return [[os.path.abspath(source) if os.path.exists(source) else source for source in sources], *options]
+def write_meta(folder, meta):
+    content = json.dumps({**meta, "checksum": checksum(folder, meta)}, indent=2)
+    Path(folder, "meta.json").write_text(content + "\n", encoding="utf-8")
+
+
+def checksum(folder, meta):
+    """Returns the CRC-32 of meta.json and of the vocabulary."""
+    return zlib.crc32(Path(folder, "vocabulary.tiktoken").read_bytes(), zlib.crc32(json.dumps(meta).encode()))
 
 
 def load_meta(folder):
-    """Returns the meta.json of a data folder, a dictionary. Raises UserError if it is missing or damaged."""
+    """Returns the meta.json of a data folder, a dictionary, with its vocabulary. Raises UserError if it is
+    missing or damaged."""
     path = Path(folder, "meta.json")
     if not path.is_file():
         raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py, or give the "
                         "folder that has it with --data")
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["vocabulary"] = ""
-        if meta["tokenizer"] == "bpe":
-            meta["vocabulary"] = Path(folder, "vocabulary.tiktoken").read_text()
-        units = ("documents", "bytes", "tokens")
-        counts = [meta[split][unit] for split in ("train", "val") for unit in units]
-        sizes = {"gpt2": 50257, "bytes": 257, "bpe": meta["vocabulary"].count("\n") + 1}
-        if (meta["format"] == FORMAT and meta["vocab_size"] == sizes[meta["tokenizer"]]
-                and meta["vocabulary_crc32"] == zlib.crc32(meta["vocabulary"].encode())
-                and all(type(n) is int and n >= 0 for n in counts)):
-            return meta
+        if meta.pop("checksum") == checksum(folder, meta) and meta["format"] == FORMAT:
+            return {**meta, "vocabulary": Path(folder, "vocabulary.tiktoken").read_text()}
     raise UserError(f"{folder} is damaged, half-written, or of another version: run prepare.py again")
 
 
@@ -558,7 +515,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names, **options):
         if options.get("default") not in (None, argparse.SUPPRESS):
-            options["help"] += " (default: %(default)s)"
+            options["help"] = options.get("help", "") + " (default: %(default)s)"
         return super().add_argument(*names, **options)
 
     def error(self, message):
@@ -630,12 +587,8 @@ def duration(seconds):
 
 def default_name(source):
     """books/ -> books, crawl.jsonl.gz -> crawl, hf:owner/name -> name"""
-    if "://" in source:
-        source = source.partition("?")[0]
-    name = os.path.basename(os.path.abspath(source.removeprefix("hf:"))).replace(":", "-")
-    for suffix in (".gz", ".txt", ".jsonl", ".parquet"):
-        name = name.removesuffix(suffix)
-    return name or "text"
+    name = os.path.basename(os.path.abspath(source.removeprefix("hf:").partition("?")[0]))
+    return regex.sub(r"(\.txt|\.jsonl|\.parquet|\.gz)+$", "", name.replace(":", "-")) or "text"
 
 
 def main(argv=None):
@@ -646,12 +599,11 @@ def main(argv=None):
         f"dataset of Hugging Face's hub with a column text, {', '.join(NAMED_SOURCES)}, or python for this "
         "Python's standard library")
     add("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
-    add("--overwrite", action="store_true", help="replace data/NAME even if it was made from something else")
+    add("--overwrite", action="store_true", help="replace what data/NAME has")
     add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe, which learns a vocabulary, or a data folder, "
         "for its vocabulary (default: bpe for python, otherwise gpt2)")
     add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
         metavar="N", help="how many tokens bpe learns, with the 256 bytes and <|endoftext|> (default: 2048)")
-    add("--endoftext", action="store_true", help="<|endoftext|> written in a text ends a document")
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N documents")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
         help="share of the tokens, at the end, that is kept for validation")
@@ -665,16 +617,12 @@ def main(argv=None):
             raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
         if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
             raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
-        options = (tokenizer, (args.vocab_size or 2048) if tokenizer == "bpe" else None, args.sample_size,
-                   args.val_fraction, ["<|endoftext|>"] if args.endoftext else [])
-        old, new = None, made_from(args.sources, *options)
-        with suppress(UserError):       # there is none, or nobody can use it
-            old = load_meta(folder).get("made_from")
-        if old not in (None, new) and not args.overwrite:
-            raise UserError(f"{folder} was made from something else: choose another --name, or add "
-                            "--overwrite, after which its runs cannot be resumed")
+        if Path(folder, "meta.json").exists() and not args.overwrite:
+            raise UserError(f"{folder} is there already: choose another --name, or add --overwrite, after "
+                            "which its runs cannot be resumed")
         started = time.perf_counter()
-        meta = prepare(args.sources, folder, *options)
+        meta = prepare(args.sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
+                       args.val_fraction)
         seconds = time.perf_counter() - started
         documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
         print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "

@@ -102,11 +102,12 @@ class Batches:
 
 # ------------------------------------------------------------------- schedule and optimizers
 
-def learning_rate(step, total_steps, warmup_steps, peak, low, schedule):
-    """The learning rate of a step, counted from 0. Warm-up: it rises linearly to its peak at step
-    warmup_steps, as the first gradients are large and soon point elsewhere. Then it falls, linearly, like a
+def learning_rate(step, total_steps, warmup, peak, low, schedule):
+    """The learning rate of a step, counted from 0. Warm-up: in this share of all steps it rises linearly to
+    its peak, as the first gradients are large and soon point elsewhere. Then it falls, linearly, like a
     cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983), or, for a trapezoid, after a while
     at the peak. The last, small steps let weights settle. It would reach `low` one step after the last."""
+    warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -282,7 +283,6 @@ class Run:
     val_sequences: Sequences            # for validation
     autocast: object                    # runs matmuls in a faster dtype
     total_steps: int = 0
-    warmup_steps: int = 0
     wrapped_model: object = None        # model as it is trained, maybe compiled and in DDP
     log: object = None                  # Log, below
     saved_at: float = 0.0               # when last.pt was written
@@ -296,7 +296,7 @@ def train(run, told_to_stop):
             evaluate_and_save(run)
         if state.step >= run.total_steps:
             break
-        lr = learning_rate(state.step, run.total_steps, run.warmup_steps, args.lr, args.min_lr, args.schedule)
+        lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
         # One exchange: the mean loss of all ranks, and whether any of them has to stop.
@@ -494,7 +494,6 @@ def set_up(args, world, dtype, saved):
         args.max_steps = max(1, round(60 * args.minutes / seconds_per_step(run)))
     left = math.ceil(((args.epochs or 0) * len(sequences) - run.state.offset) / args.global_batch_size)
     run.total_steps = args.max_steps or run.state.step + max(0, left)
-    run.warmup_steps = round(args.warmup * run.total_steps)
     run.saved_at = time.monotonic()
     return run
 
@@ -574,24 +573,20 @@ def save_if_due(run):
 
 
 def restore(run, meta):
-    """Continues where a checkpoint ends. Raises UserError if it is of another run."""
-    then = identity(meta["args"], meta["data"])
-    for name, now in identity(vars(run.args), run.data).items():
-        if then.get(name) != now:
-            raise UserError(f"cannot resume: {name} was {then.get(name)} in that run, but is {now} now")
+    """Continues where a checkpoint ends. Raises UserError if that would be another run: another model, other
+    data, or another order in which it is read."""
+    if meta["data"] != run.data:
+        raise UserError(f"cannot resume: {run.args.data} is not the data that this run began with: prepare "
+                        "that again, or choose another --out")
+    then, now = meta["args"], vars(run.args)
+    for name in (*SIZES, "model", "init", "stride", "seed", "optimizer"):
+        if then[name] != now[name]:
+            raise UserError(f"cannot resume: {name} was {then[name]} in that run, but is {now[name]} now")
     for optimizer, state in zip(run.optimizers, meta["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if run.scaler.is_enabled() and meta["scaler"]:
         run.scaler.load_state_dict(meta["scaler"])
     run.state = State(**{name: meta[name] for name in asdict(run.state)})
-
-
-def identity(args, data):
-    """What must not change when a run is resumed: the model, the data, and the order in which it is read."""
-    counts = {f"{split}.{unit}": n for split in ("train", "val") for unit, n in data[split].items()}
-    names = (*SIZES, "model", "init", "stride", "seed", "optimizer")
-    vocabulary = {name: data[name] for name in ("tokenizer", "vocab_size", "vocabulary_crc32")}
-    return {name: args[name] for name in names} | vocabulary | counts
 
 
 def describe(run):
@@ -743,13 +738,12 @@ def make_parser():
     add = parser.add_argument
     add("--data", default="data/python", help="folder that prepare.py wrote")
     add("--out", help="folder to write (default: out/ and the name of the data folder)")
-    add("--resume", action="store_true",
-        help="continue from last.pt in --out, if there is one, with its flags but --device")
+    add("--resume", action="store_true", help="continue from last.pt in --out, if there is one")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--model", choices=MODELS, help="(default: nano, or gpt2-92m with a "
-                       "CUDA GPU and 50 million tokens)")
-    start.add_argument("--init", metavar="MODEL", help="begin with the weights of a file train.py wrote, "
-                       "of a folder in Hugging Face's format, or of a name on their hub, such as gpt2")
+    start.add_argument("--model", choices=MODELS, help="(default: nano, or gpt2-92m with a CUDA GPU and 50 "
+                       "million tokens)")
+    start.add_argument("--init", metavar="MODEL", help="begin with the weights of a file train.py wrote, of "
+                       "a folder in Hugging Face's format, or of a name on their hub, such as gpt2")
     add("--n_layer", type=positive_int, help="number of blocks (default: the model's)")
     add("--n_head", type=positive_int, help="attention heads per block (default: the model's)")
     add("--n_embd", type=positive_int, help="width, C (default: the model's)")
@@ -760,16 +754,14 @@ def make_parser():
     add("--global_batch_size", type=positive_int, help="sequences per step (default: batch_size x processes)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
-    length.add_argument("--max_steps", type=positive_int, help="steps to take, instead of --epochs")
-    length.add_argument("--minutes", type=positive_float, help="take as many steps as fit into these minutes "
-                        "on this machine, evaluations not counted")
+    length.add_argument("--max_steps", type=positive_int, help="steps to take")
+    length.add_argument("--minutes", type=positive_float, help="take as many steps as fit into these minutes")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more per step, and takes more time for it where batches are small")
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
     add("--min_lr", type=at_least_0, default=0.0, help="learning rate that the schedule falls towards")
     add("--warmup", type=share, default=0.1, help="share of all steps in which the learning rate rises")
-    add("--schedule", choices=("linear", "cosine", "trapezoid"), default="linear",
-        help="how the learning rate falls")
+    add("--schedule", choices=("linear", "cosine", "trapezoid"), default="linear", help="how it then falls")
     add("--weight_decay", type=at_least_0, default=1e-4, help="weight decay of matrices")
     add("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     add("--eval_interval", type=positive_int, default=2000, help="steps between evaluations")
@@ -780,8 +772,7 @@ def make_parser():
     add("--keep_epochs", type=positive_int, default=4, help="epochs between checkpoints that are kept")
     add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="train through torch.compile, which takes a minute first")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train by torch.compile")
     add("--dry_run", action="store_true", help="estimate time and memory; write nothing")
     add("--wandb", action="store_true", help="log to Weights & Biases, too")
     add("--seed", type=seed_int, default=1337, help="of the first weights, the order of data, and dropout")

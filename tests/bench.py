@@ -426,7 +426,7 @@ def others_quickstart(path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     for step in range(2000):
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, 2000, 100, 1e-3, 1e-4, "cosine")
+            group["lr"] = train.learning_rate(step, 2000, 0.05, 1e-3, 1e-4, "cosine")
         sequences = ids[torch.randint(len(ids) - 65, (12, 1)) + torch.arange(65)]
         logits = model(sequences[:, :-1])
         F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).backward()

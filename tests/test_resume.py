@@ -208,14 +208,12 @@ def test_another_model_or_order_of_the_data_is_refused_with_both_values(fails, d
     fails(main, [*RESUME, f"--{flag}", value], f"cannot resume: {says}")
 
 
-@pytest.mark.parametrize("text, says", [
-    ("Other text. " * 100, "train.bytes was 1800 in that run, but is 1080 now"),
-    ("Same size.\n" * 181 + "12345678", "train.crc32 was")])
-def test_other_data_are_refused_with_both_values(fails, data, text, says):
+@pytest.mark.parametrize("text", ["Other text. " * 100, "Same size.\n" * 181 + "12345678"])
+def test_other_data_are_refused(fails, data, text):
     run("--max_steps", 1)
     Path("text.txt").write_text(text)
     prepare.prepare(["text.txt"], data, "bytes")
-    fails(main, RESUME, f"cannot resume: {says}")
+    fails(main, RESUME, "cannot resume: data/text is not the data that this run began with")
 
 
 def test_an_earlier_run_is_not_overwritten(fails, data):
@@ -251,15 +249,14 @@ def test_weights_without_an_optimizer_cannot_be_resumed(fails, data):
 def test_a_hundred_billion_tokens_take_little_memory(data):
     n = 100_000_000_000
     meta = json.loads(Path(data, "meta.json").read_text())
-    meta["train"]["tokens"] = n
-    Path(data, "meta.json").write_text(json.dumps(meta))
+    del meta["checksum"]
+    meta["train"]["tokens"], meta["val"]["tokens"] = n, 1025
+    prepare.write_meta(data, meta)
     try:
         os.truncate(f"{data}/train.bin", 2 * n)         # a hole, which takes no room on the disk
         os.truncate(f"{data}/val.bin", 2 * 1025)
     except OSError as error:
         pytest.skip(f"this file system has no files of 200 GB: {error}")
-    meta["val"]["tokens"] = 1025
-    Path(data, "meta.json").write_text(json.dumps(meta))
     program = ("import torch, train\n"
                "train.main(['--data', 'data/text', '--block_size', '1024', '--max_steps', '3',\n"
                "            '--batch_size', '1', '--global_batch_size', '1', '--dtype', 'float32'])\n"

@@ -109,7 +109,7 @@ def test_an_epoch_of_steps_reads_each_sequence_once():
     ("cosine", 0, 6e-4 / 11), ("cosine", 10, 6e-4), ("cosine", 55, 3.3e-4), ("cosine", 100, 6e-5),
     ("cosine", 99, 6e-5 + 5.4e-4 * (1 + math.cos(math.pi * 89 / 90)) / 2)])
 def test_the_learning_rate_schedule(schedule, step, rate):
-    assert learning_rate(step, 100, 10, 6e-4, 6e-5, schedule) == pytest.approx(rate)
+    assert learning_rate(step, 100, 0.1, 6e-4, 6e-5, schedule) == pytest.approx(rate)
 
 
 def test_without_warmup_the_learning_rate_starts_at_its_peak():
@@ -305,7 +305,7 @@ def test_the_flags_of_the_schedule_and_of_clipping_reach_each_update(data, monke
     monkeypatch.setattr(train, "update", lambda *args: seen.append(args[-2:]) or update(*args))
     run("--max_steps", 8, "--schedule", "cosine", "--warmup", 0.25, "--lr", 0.1, "--min_lr", 0.01,
         "--grad_clip", 0.5, "--log_interval", 1, "--weight_decay", 0.2)
-    rates = [learning_rate(step, 8, 2, 0.1, 0.01, "cosine") for step in range(8)]
+    rates = [learning_rate(step, 8, 0.25, 0.1, 0.01, "cosine") for step in range(8)]
     assert seen == [(rate, 0.5) for rate in rates]
     assert [row["lr"] for row in log() if "lr" in row] == rates
 
