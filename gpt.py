@@ -1,4 +1,4 @@
-"""The model: GPT-2, written out. Tokens go in; logits, a loss, or one next token after another come out.
+"""The model: GPT-2, written out. Tokens go in; logits, a loss, or new tokens come out.
 
     ids (B, T) --wte + wpe--> (B, T, C) --n_layer blocks--> (B, T, C) --ln_f, lm_head--> logits (B, T, V)
                                                                                              |
@@ -7,11 +7,13 @@
 
 B batch (sequences side by side), T time (positions in a sequence), C channels (the width of the vector at
 each position), H attention heads, D head size (H * D = C), V vocabulary size. A token is a number below V,
-made from text by prepare.py. wte and wpe are token and position embeddings: OpenAI's names throughout.
+made from text by prepare.py. Weights use OpenAI's names: wte and wpe are the token and position embeddings,
+h the blocks, c_attn, c_fc and c_proj linear layers.
 
-GPT(config, fused=False) runs the formulas as they stand here, GPT(config) the fused kernels beside them,
-which compute the same in fewer passes over memory. Tests hold the two equal.
-Left out: training (train.py), text (prepare.py, sample.py), and everything invented after GPT-2.
+GELU, attention, cross-entropy and LayerNorm are written out as formulas. By default, the model uses faster
+versions of these four, KERNELS below the banner, which compute the same up to rounding (the tests check
+this). GPT(config, fused=False) runs exactly the lines you read here.
+Left out: training (train.py), text (prepare.py, sample.py), and architectures newer than GPT-2.
 """
 
 import math
@@ -20,6 +22,7 @@ import sys
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -30,16 +33,16 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The sizes of one model. Raises ModelError if they do not fit together."""
+    """The sizes of one model. Raises ModelError if they are inconsistent."""
     block_size: int = 1024      # the longest sequence it can read, its context
-    vocab_size: int = 50257     # V, tokens it knows
+    vocab_size: int = 50257     # V, the number of tokens
     n_layer: int = 12           # blocks, one after the other
     n_head: int = 12            # H, attention heads in each block
     n_embd: int = 768           # C, the width
     mlp_ratio: int = 4          # the MLP in a block is this many times wider than C
-    dropout: float = 0.0        # share of activations zeroed in training
+    dropout: float = 0.0        # fraction of activations zeroed in training
     bias: bool = True           # whether linear layers and LayerNorms add a bias
-    tied: bool = True           # whether lm_head is the token embedding, transposed
+    tied: bool = True           # whether lm_head uses the weights of wte
 
     def __post_init__(self):
         for name, size in asdict(self).items():
@@ -62,67 +65,88 @@ MODELS = {
 }
 
 
-# ------------------------------------------------------------------------------------- layers
+# ----------------------------------------------------------------------------------- formulas
+
+def gelu(x):
+    """x * Phi(x), Phi the standard normal CDF, in GPT-2's tanh approximation: a smooth max(x, 0) (Hendrycks
+    and Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+def attention(q, k, v, dropout):
+    """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+    q is (B, H, T, D). k and v are (B, H, S, D), where S counts cached positions, too; in training S = T. The
+    result has q's shape.
+
+    Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
+    on?). The dot product of a query and a key, their score, says how well they match. A softmax turns the
+    scores of one query into weights that add up to 1, and the result is the weighted mean of the values.
+
+    Why sqrt(D)? If the entries of queries and keys have variance 1, a score, the sum of D products, has
+    variance D. Divided by sqrt(D) it has variance 1 again. Without that, the softmax would put nearly all
+    weight on one position.
+
+    The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
+    minus infinity, which the softmax turns into a weight of 0. On the left for 3 positions; on the right for
+    1 new position after 3 cached ones (see KVCache). fused_attention, the kernel that runs by default, gets
+    the same mask by is_causal=True.
+
+                    key 0  1  2                           key 0  1  2  3
+        query 0         .  x  x            query 3            .  .  .  .
+        query 1         .  .  x
+        query 2         .  .  .
+    """
+    T, S, D = q.shape[2], k.shape[2], q.shape[3]
+    scores = q @ k.transpose(2, 3) / math.sqrt(D)                           # (B, H, T, D) -> (B, H, T, S)
+    # True above the diagonal. Query i stands at position i + S - T, and key j is later if j > i + S - T.
+    later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+    weights = scores.masked_fill(later, -math.inf).softmax(-1)
+    return F.dropout(weights, dropout) @ v                                  # (B, H, T, S) -> (B, H, T, D)
+
+
+def cross_entropy(x, lm_head, targets, vocab_size):
+    """The mean of -ln(probability of the target) over all B * T positions, in nats per token. x is (B, T, C),
+    lm_head (padded V, C), targets (B, T). (It computes the logits, so that the fast version can do so, too,
+    without ever holding all of them.)"""
+    logits = F.linear(x, lm_head)[..., :vocab_size]                         # (B, T, C) -> (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
+
 
 class LayerNorm(nn.Module):
-    """Shifts and scales the C channels of each position to mean 0 and variance 1, then each channel by a
-    learned weight and bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
-    EPSILON = 1e-5
+    """Shifts and scales the C channels of each position to mean 0 and variance 1, then multiplies each by a
+    learned weight and adds a learned bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
 
-    def __init__(self, config, fused):
+    def __init__(self, config):
         super().__init__()
-        self.fused = fused
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        if not self.fused:
-            mean = x.mean(-1, keepdim=True)                                 # (B, T, C) -> (B, T, 1)
-            variance = x.var(-1, unbiased=False, keepdim=True)              # (B, T, C) -> (B, T, 1)
-            x = (x - mean) / torch.sqrt(variance + self.EPSILON) * self.weight
-            return x if self.bias is None else x + self.bias
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPSILON)
+        mean = x.mean(-1, keepdim=True)                                     # (B, T, C) -> (B, T, 1)
+        variance = x.var(-1, unbiased=False, keepdim=True)                  # (B, T, C) -> (B, T, 1)
+        x = (x - mean) / torch.sqrt(variance + 1e-5) * self.weight
+        return x if self.bias is None else x + self.bias
 
 
-def attention(q, k, v, dropout):
-    """softmax(q k^T / sqrt(D) + mask) v: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). The T queries
-    are the last of the S positions (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+FORMULAS = SimpleNamespace(gelu=gelu, attention=attention, cross_entropy=cross_entropy, LayerNorm=LayerNorm)
 
-    The dot product of a query and a key, their score, says how well they match. A softmax turns a query's
-    scores into weights that add up to 1, and the result is the weighted mean of the values. If the entries of
-    queries and keys have variance 1, a score, the sum of D products, has variance D. Divided by sqrt(D), it
-    has variance 1 again; otherwise the softmax would put nearly all weight on one position.
 
-    The mask is causal: a position attends to itself and to earlier ones. Later ones (x) get minus infinity,
-    which the softmax turns into a weight of 0. Here for 3 positions, and for 2 after 3 cached ones:
-
-                    key 0  1  2                           key 0  1  2  3  4
-        query 0         .  x  x            query 3            .  .  .  .  x
-        query 1         .  .  x            query 4            .  .  .  .  .
-        query 2         .  .  .
-    """
-    T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                         # (B, H, T, D) -> (B, H, T, S)
-    mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
-    weights = F.dropout((scores + mask).softmax(-1), dropout)
-    return weights @ v                                                      # (B, H, T, S) -> (B, H, T, D)
-
+# ------------------------------------------------------------------------------------- layers
 
 class CausalSelfAttention(nn.Module):
-    """The only place where positions exchange information. Each position makes a query (what am I looking
-    for?), a key (what do I have?) and a value (what do I pass on?). H heads attend side by side, each with D
-    of the C channels."""
+    """The only place where positions exchange information. H heads work in parallel, each on D of the C
+    channels: one may look for the last verb, another for an open bracket."""
 
-    def __init__(self, config, fused):
+    def __init__(self, config, formulas):
         super().__init__()
-        self.attention = fused_attention if fused else attention
+        self.attention = formulas.attention
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None):
-        """x (B, T, C) -> (B, T, C). With a KVCache (see below), x continues the positions cached so far."""
+        """x (B, T, C) -> (B, T, C). With a KVCache, x holds the positions after the cached ones."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))              # (B, T, C) -> three (B, H, T, D)
@@ -134,36 +158,31 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, at each position by itself. GELU is x * Phi(x), Phi the
-    standard normal CDF, in its tanh form (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415)."""
+    """Two linear layers with a GELU between them, applied to each position independently."""
 
-    def __init__(self, config, fused):
+    def __init__(self, config, formulas):
         super().__init__()
-        self.fused = fused
+        self.gelu = formulas.gelu
         self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = self.c_fc(x)                                                    # (B, T, C) -> (B, T, ratio * C)
-        if not self.fused:
-            x = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-        else:
-            x = F.gelu(x, approximate="tanh")
+        x = self.gelu(self.c_fc(x))                                         # (B, T, C) -> (B, T, ratio * C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)       # -> (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention gathers information from other positions, the MLP works on it. Both read the residual stream
-    x through a LayerNorm and add to it: x passes all blocks as a plain sum, which gives gradients a direct
-    way back to the first block (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
+    """Attention gathers information from other positions, then the MLP processes it. Each reads the residual
+    stream x through a LayerNorm and adds its result to x. So x passes through all blocks as a plain sum: a
+    direct path for gradients back to the first block (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
 
-    def __init__(self, config, fused):
+    def __init__(self, config, formulas):
         super().__init__()
-        self.ln_1 = LayerNorm(config, fused)
-        self.attn = CausalSelfAttention(config, fused)
-        self.ln_2 = LayerNorm(config, fused)
-        self.mlp = MLP(config, fused)
+        self.ln_1 = formulas.LayerNorm(config)
+        self.attn = CausalSelfAttention(config, formulas)
+        self.ln_2 = formulas.LayerNorm(config)
+        self.mlp = MLP(config, formulas)
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
@@ -176,28 +195,28 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) yields n tokens.
 
-    Inside, the vocabulary is padded to a multiple of 64, a size that tensor cores are fast at. The padding
-    has probability 0: it is never sampled, and counts in no loss, parameter count or export."""
+    GPUs prefer matrix sizes that are multiples of 64, and 50,257 is not: so the vocabulary is padded with
+    tokens of probability 0. They are never sampled, and not counted in loss, parameter count or export."""
 
     def __init__(self, config, fused=True):
         super().__init__()
-        self.config = config
-        self.fused, self.loss = fused, chunked_cross_entropy
+        formulas = KERNELS if fused else FORMULAS
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
+        self.config, self.loss = config, formulas.cross_entropy
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, fused) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config, fused)
+        self.h = nn.ModuleList(Block(config, formulas) for _ in range(config.n_layer))
+        self.ln_f = formulas.LayerNorm(config)
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
     def init_weights(self):
-        """Weights start normal with standard deviation 0.02, biases at 0. The 2 * n_layer layers that add to
-        the residual stream start smaller, so that their sum does not grow with depth. The first logits are
-        close to 0, so every token has a probability of about 1 / V, and the first loss is about -ln(1 / V) =
-        ln V: 10.8 for GPT-2's vocabulary. If yours is far from that, something is wrong."""
+        """Weights are drawn from a normal distribution with standard deviation 0.02; biases start at 0. The
+        2 * n_layer layers that add to the residual stream start smaller, so that their sum does not grow with
+        depth. The first logits are close to 0: every token has a probability of about 1 / V, so the first
+        loss is about -ln(1 / V) = ln V, 10.8 for GPT-2's vocabulary. If yours is far off, look for a bug."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
@@ -206,19 +225,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, ids, targets=None):
-        """ids (B, T) -> logits (B, T, V). With targets (B, T), the token after each position: -> the mean of
-        -ln(probability of the target) over all B * T, the cross-entropy in nats per token. Raises ValueError
-        if T is above block_size."""
+        """ids (B, T) -> logits (B, T, V). With targets (B, T), the next token at each position, returns the
+        loss, a scalar: see cross_entropy. Raises ValueError if T is above block_size."""
         x = self.hidden(ids)
         if targets is None:
             return self.logits(x)
-        if not self.fused:
-            return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
-        # The same without ever holding all logits, the largest array by far.
         return self.loss(x, self.lm_head.weight, targets, self.config.vocab_size)
 
     def hidden(self, ids, caches=None):
-        """ids (B, T) -> (B, T, C). With caches, a KVCache for each block, ids continue what is cached."""
+        """ids (B, T) -> (B, T, C). With caches, a KVCache for each block, ids follow the cached ones."""
         start = caches[0].length if caches else 0
         end = start + ids.shape[1]
         if end > self.config.block_size:
@@ -237,16 +252,16 @@ class GPT(nn.Module):
     def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, generator=None,
                  watch=lambda logits: None):
         """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times. next_token, below,
-        chooses them and explains the options; watch(logits) sees the logits (B, V) first.
+        chooses them and explains the options. Before each choice, watch is called with the logits (B, V).
 
-        Only the last block_size tokens of a prompt count. Whenever the context is full, its last half is read
-        again from position 0, and generation continues from there."""
+        The model sees at most block_size tokens. Once the caches hold that many, they are emptied, and
+        refilled with the newest half of these tokens at positions 0, 1, and so on."""
         block_size = self.config.block_size
-        context = unread = ids[:, -block_size:]
+        unread = context = ids[:, -block_size:]
         caches = [KVCache(self, len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
-                context = unread = context[:, -max(1, block_size // 2):]
+                unread = context = context[:, -max(1, block_size // 2):]
                 for cache in caches:
                     cache.length = 0
             logits = self.logits(self.hidden(unread, caches)[:, -1]).float()    # (B, T) -> (B, C) -> (B, V)
@@ -260,8 +275,8 @@ class GPT(nn.Module):
 # --------------------------------------------------------------------------------- generation
 
 class KVCache:
-    """The keys and values of one attention layer for all positions read so far. No position sees later ones,
-    so they never change: a new token takes one new position to compute, not the whole sequence again."""
+    """The keys and values of one attention layer for all positions read so far. They never change, because no
+    position sees later ones: so each new token costs one position, not the whole sequence again."""
 
     def __init__(self, model, batch_size):
         config, like = model.config, model.wte.weight
@@ -278,20 +293,21 @@ class KVCache:
 
 
 def next_token(logits, temperature, top_k, top_p, generator):
-    """Draws one token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature): below 1
-    sharpens the distribution, above 1 flattens it, 0 always takes the likeliest token (greedy). top_k keeps
-    the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), top_p then the fewest whose
-    probabilities add up to p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
-    if temperature < 1e-9:      # 0, or too small for float32 to divide by
+    """Draws a token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature). A temperature
+    below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token (greedy).
+    top_k keeps only the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), top_p then
+    the fewest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019,
+    https://arxiv.org/abs/1904.09751)."""
+    if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
-    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: exp cannot overflow
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: cannot overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]     # (B, V) -> (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         descending, order = probabilities.sort(dim=-1, descending=True)
-        mass_before = descending.cumsum(-1) - descending                    # of all likelier tokens together
+        mass_before = descending.cumsum(-1) - descending                    # total of all likelier tokens
         probabilities = probabilities.scatter(1, order, descending.masked_fill(mass_before >= top_p, 0))
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
@@ -301,7 +317,7 @@ def next_token(logits, temperature, top_k, top_p, generator):
 # Hugging Face's format, devices and dtypes.
 
 class ModelError(ValueError):
-    """A model that cannot be built, loaded or run here. The message says in one line why."""
+    """A model that cannot be built, loaded or run here. The message says why in one line."""
 
 
 def num_params(model):
@@ -312,72 +328,83 @@ def num_params(model):
 
 # ------------------------------------------------------------------------------- fast kernels
 
-PADDED = ("cuda",)      # kinds of devices
+PADDED = ("cuda",)      # device types where the head size is padded
 
 
 def fused_attention(q, k, v, dropout):
-    """attention(q, k, v, dropout), where it is faster by a kernel of PyTorch's, which never holds all scores.
-    Of T queries after cached positions, it takes one alone."""
+    """The same as attention, with PyTorch's fused kernel, which never holds all scores at once."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    assert T == S or T == 1     # is_causal is the mask on the left; one new position sees all cached ones
+    # Without a cache, is_causal is the mask. A single new position may see everything: it needs none.
+    assert T == S or T == 1
     if torch.is_grad_enabled() and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attention(q, k, v, dropout)      # the kernel's backward pass is slow there
-    if q.device.type in PADDED:     # older GPUs need a multiple of 8; zeros change nothing
+    if q.device.type in PADDED:     # older GPUs' kernels need multiples of 8; zeros change nothing
         q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=1 / math.sqrt(D))
     return y[..., :D]
 
 
-# ------------------------------------------------------------------------------- chunked loss
-
-ROWS_AT_ONCE = 1024     # 100 MB of GPT-2's logits in bfloat16; sums over them stay below float16's 65,504
+ROWS_AT_ONCE = 1024     # GPT-2's logits then take 100 MB, and a sum over the rows cannot overflow float16
 
 
-def chunked_cross_entropy(x, weight, targets, vocab_size):
-    """x (B, T, C), weight (padded V, C), targets (B, T) -> F.cross_entropy(x @ weight.T, targets), a scalar.
-    Logits from vocab_size on are padding."""
-    with_gradients = torch.is_grad_enabled()
+def chunked_cross_entropy(x, lm_head, targets, vocab_size):
+    """The same as cross_entropy, but never holds all logits, by far the largest array."""
+    with_gradients = torch.is_grad_enabled()        # asked here, as it is always off inside forward
     x, targets = x.flatten(0, 1), targets.flatten()
-    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, with_gradients) / len(targets)
+    return ChunkedCrossEntropy.apply(x, lm_head, targets, vocab_size, with_gradients) / len(targets)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of -ln softmax(x @ weight.T)[target] over N rows, a chunk of rows at a time. The gradient of a
-    row's logits is softmax(logits) - onehot(target), known as soon as the logits are: so forward also
-    computes the gradients of x and weight, and backward only scales them."""
+    """The sum of -ln(probability of the target) over the rows of x (N, C), a chunk of rows at a time. The
+    gradient of a row's logits is softmax(logits) - onehot(target), known as soon as the logits are. So
+    forward also computes the gradients of x and lm_head, and discards the logits. backward only scales them.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
+    def forward(ctx, x, lm_head, targets, vocab_size, with_gradients):
         loss = torch.zeros((), device=x.device)
         if with_gradients:
-            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+            grad_x, grad_lm_head = torch.empty_like(x), torch.zeros_like(lm_head)
         for start in range(0, x.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            logits = F.linear(x[rows], weight)                              # (rows, C) -> (rows, padded V)
+            logits = F.linear(x[rows], lm_head)                             # (rows, C) -> (rows, padded V)
             logits[:, vocab_size:] = -math.inf                              # padding gets no probability
             log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
-            at_target = torch.arange(len(logits), device=x.device), targets[rows]
-            loss -= log_probs[at_target].sum()
+            target = torch.arange(len(logits), device=x.device), targets[rows]      # one logit in each row
+            loss -= log_probs[target].sum()
             if with_gradients:
-                grad_logits = torch.exp(log_probs, out=logits)              # the logits are needed no more
-                grad_logits[at_target] = torch.expm1(log_probs[at_target]).to(logits.dtype)
-                grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
-                grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
+                grad_logits = torch.exp(log_probs, out=logits)              # softmax, in their memory
+                grad_logits[target] = torch.expm1(log_probs[target]).to(logits.dtype)       # minus 1
+                grad_x[rows] = grad_logits @ lm_head                        # (rows, padded V) -> (rows, C)
+                grad_lm_head += grad_logits.T @ x[rows]                     # -> (padded V, C)
         if with_gradients:
-            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.save_for_backward(grad_x, grad_lm_head)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
+        grad_x, grad_lm_head = ctx.saved_tensors
+        return grad_x * grad_loss, grad_lm_head * grad_loss, None, None, None
+
+
+class FusedLayerNorm(LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+
+
+def fused_gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+KERNELS = SimpleNamespace(gelu=fused_gelu, attention=fused_attention, cross_entropy=chunked_cross_entropy,
+                          LayerNorm=FusedLayerNorm)
 
 
 # -------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, meta):
-    """Writes a model and meta, a dictionary of tensors and plain values. At any moment, path is either the
-    complete old file or the complete new one. Raises OSError, for example if the disk is full."""
+    """Writes a model and meta, a dictionary of tensors and plain values. At any moment, path holds
+    either the complete old file or the complete new one. Raises OSError, for example if the disk is full."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -388,14 +415,14 @@ def save_checkpoint(path, model, meta):
     except BaseException as error:
         with suppress(OSError):
             os.remove(temporary)
-        while error.__context__:        # torch.save raises errors of its own on top of the file's
+        while error.__context__:        # torch.save raises its own error on top of the file's
             error = error.__context__
         raise error from None
 
 
 def load_checkpoint(path):
-    """Returns what save_checkpoint wrote, (model, meta), on the CPU, the model in evaluation mode. Runs no
-    code from the file. Raises ModelError if there is no such file, or it is damaged or not a checkpoint."""
+    """Returns what save_checkpoint wrote, (model, meta), on the CPU and in evaluation mode. Runs no code
+    from the file. Raises ModelError if there is no such file, or it is damaged or not a checkpoint."""
     if not os.path.isfile(path):
         raise ModelError(f"there is no checkpoint {path}")
     try:
@@ -403,7 +430,7 @@ def load_checkpoint(path):
             if archive.testzip():       # checksums, which torch.load does not verify
                 raise ValueError("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):      # takes no memory, and no time to initialize
+        with torch.device("meta"):      # uses no memory and skips initialization
             model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["model"], assign=True)
         if model.config.tied:
@@ -411,15 +438,15 @@ def load_checkpoint(path):
         return model.eval(), dict(content["meta"])
     except (PermissionError, MemoryError):
         raise
-    except Exception as error:          # whatever else goes wrong here is the file's fault
+    except Exception as error:          # anything else means a bad file
         raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error
 
 
 # ------------------------------------------------------------------------------- Hugging Face
 
 def weight_pairs(model, theirs):
-    """Yields (a weight of a GPT, the same weight of a GPT2LMHeadModel) as views of one shape: like OpenAI's
-    release, theirs stores linear layers as (in, out), and has no padding."""
+    """Yields (a weight of a GPT, the same weight of a GPT2LMHeadModel) as views of the same shape: like
+    OpenAI's release, theirs stores linear layers as (in, out), and has no padding."""
     for name, ours in model.named_parameters():
         weight = theirs.get_parameter(name if name == "lm_head.weight" else f"transformer.{name}")
         if name in ("wte.weight", "lm_head.weight"):
@@ -440,14 +467,14 @@ def save_pretrained(model, folder):
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         tie_word_embeddings=config.tied, bos_token_id=end_of_text, eos_token_id=end_of_text))
     for ours, weight in weight_pairs(model, theirs):
-        weight.copy_(ours)      # theirs always has biases, which stay 0 if ours has none
+        weight.copy_(ours)      # theirs always has biases; they stay 0 if ours has none
     theirs.save_pretrained(folder)
 
 
 @torch.no_grad()
 def from_pretrained(source):
-    """Loads a GPT-2 of Hugging Face onto the CPU, in evaluation mode: a folder, or a name on their hub (gpt2,
-    owner/name). Raises ModelError if it cannot be had or is not a GPT-2. Needs the package transformers."""
+    """Loads a GPT-2 in Hugging Face's format, a folder or a name on their Hub (gpt2, owner/name), onto the
+    CPU and in evaluation mode. Raises ModelError if it is unavailable or not a GPT-2. Needs transformers."""
     import transformers
     transformers.logging.disable_progress_bar()
     try:
@@ -459,7 +486,7 @@ def from_pretrained(source):
         theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True)
         if names := sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]):
-            raise ModelError(f"it has other weights: see {names[0]}")
+            raise ModelError(f"its weights do not match: see {names[0]}")
         model = GPT(GPTConfig(
             block_size=config.n_positions, vocab_size=config.vocab_size, n_layer=config.n_layer,
             n_head=config.n_head, n_embd=config.n_embd, dropout=float(config.resid_pdrop),
@@ -470,10 +497,10 @@ def from_pretrained(source):
         return model.eval()
     except ModelError as error:
         raise ModelError(f"{source} is not a GPT-2: {error}") from error
-    except Exception as error:      # whatever else goes wrong here is the folder's fault, or the hub's
+    except Exception as error:      # anything else is a bad folder or a problem of the Hub
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(f"{source} is neither a folder with a GPT-2 in Hugging Face's format nor a model "
-                         f"that could be had from their hub ({reason})") from error
+                         f"that can be downloaded from their Hub ({reason})") from error
 
 
 GPT.num_params, GPT.save_pretrained = num_params, save_pretrained
@@ -486,8 +513,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def choose_device(name=None):
-    """Returns the torch.device of that name, by default a CUDA GPU if there is one, otherwise the CPU. Raises
-    ModelError if this machine does not have it, or it computes wrongly."""
+    """Returns the torch.device of that name; the default is a CUDA GPU if there is one, otherwise the CPU.
+    Raises ModelError if the device is missing or gives wrong results."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.arange(64.0).reshape(8, 8)
     try:
@@ -496,20 +523,20 @@ def choose_device(name=None):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"there is no device {name} here: use --device cpu or leave the flag out") from error
     for product, expected in zip(products, (x.T @ x, x @ x.T), strict=True):
-        if not torch.allclose(product, expected, rtol=0.01):    # as in some versions on Apple GPUs
+        if not torch.allclose(product, expected, rtol=0.01):    # happens with some versions on Apple GPUs
             raise ModelError(f"matmuls on {name} are wrong in PyTorch {torch.__version__}: use --device cpu")
     return y.device
 
 
 def choose_dtype(name, device):
-    """Returns the dtype for matmuls: the one of that name, by default the fastest that the device has
-    hardware for. Raises ModelError if it does not run there."""
+    """Returns the dtype for matmuls: the named one, or by default the fastest that the device has hardware
+    for. Raises ModelError if it does not run there."""
     modern = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bfloat16" and not modern:
         print("warning: this GPU has no hardware bfloat16: float16 is faster", file=sys.stderr)
     if name is None and device.type == "cuda":
         return torch.bfloat16 if modern else torch.float16
-    if name is None:    # PyTorch before 2.6 cannot say what a CPU has, and gets float32
+    if name is None:    # PyTorch before 2.6 cannot report what a CPU has: float32
         abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
     dtype = getattr(torch, name)
@@ -523,7 +550,7 @@ def choose_dtype(name, device):
 
 @contextmanager
 def out_of_memory(advice):
-    """Turns the errors by which a CPU or a GPU runs out of memory into a ModelError with this advice."""
+    """Turns out-of-memory errors of a CPU or a GPU into a ModelError with this advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -535,5 +562,5 @@ def out_of_memory(advice):
 
 def mixed_precision(device, dtype):
     """Returns a reusable context manager in which matmuls run in this dtype."""
-    # float32 needs none, and older versions of PyTorch do not have torch.autocast for every device.
+    # float32 needs no autocast, which older versions of PyTorch do not have for every device.
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

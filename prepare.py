@@ -3,16 +3,16 @@
     python prepare.py                                   this Python's standard library
     python prepare.py books/ more.txt --name books      text files, with GPT-2's tokenizer
     python prepare.py crawl.jsonl.gz --sample_size 100_000
-    python prepare.py shakespeare --tokenizer bpe       a text that is downloaded first; learns a vocabulary
-    python prepare.py hf:OWNER/NAME                     a dataset of Hugging Face's hub
+    python prepare.py shakespeare --tokenizer bpe       downloads the text first, then learns a vocabulary
+    python prepare.py hf:OWNER/NAME                     a dataset on the Hugging Face Hub
 
-A token is a piece of text with a number: a model computes with numbers, so text becomes a list of them. With
-the tokenizer "bytes" each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words.
-"bpe" learns such a vocabulary from the text itself, and writes it to vocabulary.tiktoken.
+A model computes with numbers, so text is cut into pieces called tokens, each with a number. With the
+tokenizer "bytes" each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words. "bpe"
+learns such a vocabulary from the text itself, and writes it to vocabulary.tiktoken.
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
-each followed by the token <|endoftext|>. The last tenth of all tokens is val.bin; no model is trained on it.
-A document is a file, a row of a table, or what stands between two <|endoftext|> that are written in a text.
+each followed by the token <|endoftext|>. The last tenth of the tokens goes to val.bin: never trained on.
+A document is a text file or a row of a table. A literal <|endoftext|> in a text ends a document, too.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
@@ -49,48 +49,54 @@ import tiktoken_ext.openai_public
 
 TOKEN = np.dtype("<u2")         # a token on disk: little-endian uint16
 FORMAT = 3                      # version of the files
-CHUNK = 2 ** 15                 # characters that are read from a file at a time
 
 
 # --------------------------------------------------------------------------------- tokenizers
 
-# A word of "bpe": letters, with a space or a sign before them; up to three digits; signs, with the ends of
-# lines after them; white space. Letters have their marks (\p{M}), with which Hindi, Thai and Tamil write
-# vowels. Compared with others in docs/benchmarks.md.
-WORD = r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+# What a word is, for "bpe". Marks (\p{M}) stay with their letters (\p{L}): Hindi, Thai and Tamil write vowels
+# with them. docs/benchmarks.md compares this pattern with others.
+WORD = "|".join([
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one sign: " dog", "(x"
+    r" ?\p{N}{1,3}",                              # up to three digits
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # other signs, and any newlines after them: "):\n"
+    r"\s+(?!\S)",                                 # white space, except the last space before a word
+    r"\s+",
+])
 
 
 def learn_vocabulary(word_counts, n_tokens):
-    """Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). Takes words, bytes, and
-    how often each occurs: {word: count}. Returns the tokens, bytes, in the order in which they are learned.
+    """Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). word_counts maps each word
+    (a bytes object) to how often it occurs. Returns the list of tokens (bytes objects); a token's number is
+    its place in this list.
 
-    The 256 bytes come first. Then a merge makes a new token of the two neighbours that occur most often (of
-    several such pairs, those with the lowest numbers), and so on until there are n_tokens, or no pair occurs
-    twice. This is greedy: each merge shortens the text about as much as one merge can. Some other set of
-    merges would shorten it more, but there are too many to try.
+    The first 256 tokens are the single bytes. Then the most frequent pair of neighbours becomes a new token
+    and is merged everywhere (ties go to the pair with the lowest numbers), and so on, until there are
+    n_tokens or no pair occurs twice. This is greedy: each merge shortens the text about as much as one merge
+    can. Another set of merges might shorten it more in the end, but there are too many to try.
 
-    No token reaches across words, so "the dog" and "the cat" share "the". And a word that occurs a million
-    times is merged once: large texts take little time, if after a merge only the words with that pair are
-    counted again."""
-    words, counts = [list(word) for word in word_counts], list(word_counts.values())    # lists of tokens
+    Text is cut into words first, and no token reaches across words, so "the dog" and "the cat" share "the".
+    It also saves time: a word that occurs a million times is merged once."""
+    words, counts = [list(word) for word in word_counts], list(word_counts.values())    # at first, of bytes
     pair_counts, words_with = Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += counts[i]
             words_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]      # its first is the most frequent pair
+    heap = [(-count, pair) for pair, count in pair_counts.items()]      # its first entry is the most frequent
     heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
     while heap and len(tokens) < n_tokens:
         count, pair = heappop(heap)
-        if -count > pair_counts[pair]:      # it has become rarer meanwhile
+        # Once counted, a pair can only become rarer, because every new pair contains the new token. So a
+        # count in the heap may be too high, never too low: then put the pair back with its true count.
+        if -count > pair_counts[pair]:
             heappush(heap, (-pair_counts[pair], pair))
             continue
         if -count < 2:
             break
         new, new_pairs = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in words_with.pop(pair):
+        for i in words_with.pop(pair):      # only words that contain the pair need recounting
             for old_pair in pairwise(words[i]):
                 pair_counts[old_pair] -= counts[i]
             words[i] = merge(words[i], pair, new)
@@ -116,12 +122,11 @@ def merge(word, pair, new):
 
 
 def tokenizer_parts(name, vocabulary=""):
-    """Returns what tiktoken.Encoding(**parts) needs for "gpt2", "bytes", or "bpe", whose vocabulary is a text
-    in tiktoken's format: a line for each token, its bytes in base 64 and its number.
+    """Returns what tiktoken.Encoding(**parts) needs for "gpt2", "bytes" or "bpe". For "bpe", vocabulary is
+    text in tiktoken's format: one line per token, with its bytes in base 64 and its number.
 
-    pat_str is a regular expression that cuts text into words. In each, the tokens are merged in the order in
-    which they were learned: mergeable_ranks maps their bytes to their numbers. special_tokens stand for no
-    text."""
+    pat_str is the regular expression that cuts text into words. In each word, tokens are merged in the order
+    in which they were learned: mergeable_ranks maps bytes to numbers. special_tokens have no text."""
     if name == "gpt2":
         with download_errors(name):
             return tiktoken_ext.openai_public.gpt2()
@@ -141,9 +146,11 @@ def get_tokenizer(name, vocabulary=""):
 
 
 def encode(tokenizer, pieces):
-    """Encodes a list of (text, whether the document ends here). Returns the tokens, uint16."""
+    """Encodes pieces, a list of (text, whether the document ends with it), because long files are read in
+    several pieces. Returns the tokens, uint16."""
     tokens = []
     for text, ends_document in pieces:
+        # "all": a literal <|endoftext|> in the text becomes that token, so it ends a document, too.
         tokens.append(tokenizer.encode_to_numpy(text, allowed_special="all"))
         if ends_document:
             tokens.append(np.array([tokenizer.eot_token], TOKEN))
@@ -155,35 +162,34 @@ def encode(tokenizer, pieces):
 def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1,
             workers=None):
     """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
-    The tokenizer is "gpt2", "bytes", "bpe" with a new vocabulary, or that of another data folder. The result
-    does not depend on workers, the number of threads (None: one per core). Raises UserError if something is
-    wrong with a source; the folder is then left as it was."""
-    workers = workers or os.cpu_count()
+    tokenizer_name is "gpt2", "bytes", "bpe" (learns a new vocabulary), or another data folder (uses its
+    tokenizer). The result does not depend on workers, the number of threads (None: one per core). On any
+    problem with a source, raises UserError and leaves the folder unchanged."""
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
         name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
-        parts = tokenizer_parts(name, vocabulary)
-        # One for each thread, as threads that share one wait for each other.
-        tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
-        batches = iter(lambda: list(islice(pieces, 32)), [])
+        n_tokens = 0
         with open(new / "train.bin", "wb") as file:
-            encoded = in_order(encode, zip(cycle(tokenizers), batches), workers)
-            n_tokens = sum(map(file.write, encoded)) // TOKEN.itemsize
+            for tokens in encode_all(pieces, tokenizer_parts(name, vocabulary), workers or os.cpu_count()):
+                n_tokens += len(tokens)
+                file.write(tokens)
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
+        # All tokens are in train.bin now: move the last tenth to val.bin.
         n_train = int(n_tokens * (1 - val_fraction))
         np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
         (new / "vocabulary.tiktoken").write_text(vocabulary)
-        write_meta(new, {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizers[0].n_vocab, **{
-            split: statistics(new / f"{split}.bin", tokenizers[0]) for split in ("train", "val")}})
+        tokenizer = get_tokenizer(name, vocabulary)
+        write_meta(new, {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizer.n_vocab, **{
+            split: statistics(new / f"{split}.bin", tokenizer) for split in ("train", "val")}})
     return load_meta(folder)
 
 
 def load_tokens(folder, split):
-    """Returns a data folder's "train" or "val" split: a read-only uint16 array, mapped into memory rather
-    than read. Raises UserError if the file is not as long as meta.json says."""
+    """Returns a data folder's "train" or "val" split: a read-only uint16 array, memory-mapped rather than
+    loaded. Raises UserError if the file is not as long as meta.json says."""
     path = Path(folder, f"{split}.bin")
     expected = load_meta(folder)[split]["tokens"] * TOKEN.itemsize
     size = path.stat().st_size if path.is_file() else 0
@@ -197,7 +203,7 @@ def load_tokens(folder, split):
 # command lines of all three programs share.
 
 class UserError(ValueError):
-    """A mistake of the user's. The message says in one line what is wrong and what to do."""
+    """A user's mistake. The message says in one line what is wrong and how to fix it."""
 
 
 @contextmanager
@@ -229,7 +235,8 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
         left = max(0, left - len(text))
     tokens = learn_vocabulary({word.encode(): n for word, n in word_counts.items()}, vocab_size - 1)
     if len(tokens) < vocab_size - 1:
-        print(f"no pair occurs twice now: the vocabulary has {len(tokens) + 1:,} tokens", file=sys.stderr)
+        print(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens",
+              file=sys.stderr)
     return name, vocabulary_text({token: i for i, token in enumerate(tokens)}), chain(first, pieces)
 
 
@@ -238,9 +245,17 @@ def vocabulary_text(ranks):
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
+def encode_all(pieces, parts, workers):
+    """Yields the tokens of all pieces, in order, encoded in threads on all cores, since tiktoken releases
+    Python's global lock."""
+    tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]       # threads sharing one would wait
+    batches = iter(lambda: list(islice(pieces, 32)), [])        # so that short documents keep cores busy, too
+    return in_order(encode, zip(cycle(tokenizers), batches), workers)
+
+
 def in_order(function, items, workers):
-    """Yields function(*item) for each item, in order, computed by threads on all cores, as tiktoken and NumPy
-    release Python's global lock. Reads only a few items ahead, so memory does not grow with their number."""
+    """Yields function(*item) for each item, in order, computed by threads. Reads only a few items ahead, so
+    that memory does not grow with their number."""
     with ThreadPoolExecutor(workers) as pool:
         pending = deque()
         for item in items:
@@ -252,7 +267,7 @@ def in_order(function, items, workers):
 
 
 def statistics(path, tokenizer):
-    """Counts a token file's documents, bytes of text and tokens. CRC-32 tells apart files of equal counts."""
+    """Counts a token file's documents, bytes of text and tokens. The CRC-32 distinguishes equal counts."""
     bytes_of = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     bytes_of[tokenizer.eot_token] = 0
     counts, crc32 = np.zeros(tokenizer.n_vocab, dtype=np.int64), 0
@@ -266,7 +281,8 @@ def statistics(path, tokenizer):
 
 # ------------------------------------------------------------------------------------ sources
 
-LEARN_FROM = 100_000_000        # characters that a vocabulary is learned from, at most
+CHUNK = 2 ** 15                 # characters read from a file at a time
+LEARN_FROM = 100_000_000        # learn a vocabulary from at most this many characters
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 NAMED_SOURCES = {
     "fineweb": "hf:eliplutchok/fineweb-small-sample",
@@ -277,16 +293,16 @@ NAMED_SOURCES = {
 
 
 def find_files(source, folder):
-    """Returns the files that a SOURCE stands for, sorted; one that has to be downloaded is put into the
-    folder. A dataset of the hub is returned as it is, a string. Raises UserError if there are none."""
+    """Returns the files that a SOURCE stands for, sorted. Downloads go into the folder. A dataset on the Hub
+    is returned unchanged, as a string. Raises UserError if there are none."""
     if source in ("python", *NAMED_SOURCES) and os.path.exists(source):
-        print(f"{source} is a short name: write ./{source} for the file or folder here", file=sys.stderr)
+        print(f"{source} is a built-in source: write ./{source} for a file or folder", file=sys.stderr)
     source = str(NAMED_SOURCES.get(source, source))
     if source.startswith("hf:"):
         return [source]
     if source == "python":
         root = Path(sysconfig.get_path("stdlib"))
-        # Neither installed packages, nor tests, nor the tables of characters in encodings.
+        # Skip installed packages, tests, and the tables of characters in encodings.
         skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
         return sorted(file for file in root.rglob("*.py") if not skipped & set(file.relative_to(root).parts))
     if is_url := source.startswith(("https://", "http://")):
@@ -298,38 +314,38 @@ def find_files(source, folder):
                         f"{' or '.join(NAMED_SOURCES)}")
     taken = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
     if not taken:
-        raise UserError(f"{source}: no file ends in {', '.join(SUFFIXES)}, which says how to read it")
+        raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)})")
     if others := set(files) - set(taken):
-        print(f"{source}: {len(taken)} files; {len(others)} others are left out, ending in "
+        print(f"{source}: {len(taken)} files; skipping {len(others)} others, which end in "
               f"{', '.join(sorted({file.suffix for file in others}))}", file=sys.stderr)
     return [download(source, folder)] if is_url else taken
 
 
 def walk(path, within=()):
-    """Yields a file, or all files in a folder and its subfolders, linked ones too, but no hidden ones."""
+    """Yields a file, or all files in a folder and its subfolders. Follows links, skips hidden ones."""
     if path.is_file():
         yield path
-    elif path.is_dir() and path.resolve() not in within:        # otherwise a link leads in a circle
+    elif path.is_dir() and path.resolve() not in within:        # guards against loops of links
         for entry in path.iterdir():
             if not entry.name.startswith("."):
                 yield from walk(entry, (*within, path.resolve()))
 
 
 def download(url, folder):
-    """Downloads a file into a folder and returns its path. Raises UserError if it does not come whole."""
+    """Downloads a file into a folder and returns its path. Raises UserError if that fails half-way."""
     path = Path(tempfile.mkdtemp(dir=folder), os.path.basename(url.partition("?")[0]))
     print(f"downloading {url}", file=sys.stderr)
     try:
         urllib.request.urlretrieve(url, path)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"{url} could not be downloaded ({error}): try again, or download it in another way "
-                        "and give the file") from error
+        raise UserError(f"{url} could not be downloaded ({error}): try again, or download it some other "
+                        "way and pass the file") from error
     return path
 
 
 def read_pieces(files, sample_size):
-    """Yields (text, whether the document ends here), in order, until sample_size documents have ended, with
-    little of a file in memory at a time. Reports every ten seconds how far it is."""
+    """Yields (text, whether the document ends with it), in order, until sample_size documents have ended,
+    keeping little of a file in memory. Reports progress every ten seconds."""
     n_documents, n_nulls, last = 0, 0, time.monotonic()
     for path in files:
         for text, ends_document in read_file(path):
@@ -377,8 +393,8 @@ def read_text(file, path):
 
 def last_cut(text):
     """Returns the last position where a cut does not change the tokens: before the white space that follows a
-    word, where all tokenizers end one. "two words" is cut into "two" and " words". If there is no such
-    position, returns the end, and the tokens there may differ."""
+    word, where every tokenizer starts a new one. "two words" is cut into "two" and " words". If there is no
+    such position, returns the end, and the tokens around it may differ."""
     cuts = range(len(text) - 1, 0, -1)
     return next((i for i in cuts if (text[i] == " " and not text[i - 1].isspace())
                  or (text[i] == "\n" and text[i - 1].isalnum())), len(text))
@@ -395,7 +411,7 @@ def read_jsonl(lines, path):
 
 
 def read_table(source):
-    """Reads a parquet file, or a dataset of the hub. Needs the packages pyarrow and datasets."""
+    """Reads a parquet file, or a dataset on the Hub. Needs the packages pyarrow and datasets."""
     try:
         if isinstance(source, str):
             import datasets
@@ -414,12 +430,12 @@ def read_table(source):
 
 
 def read_row(row, where):
-    """Yields (text, True), text None where it is null, and nothing where it is empty."""
+    """Yields (text, True); (None, True) for a null; nothing for an empty text."""
     text = row.get("text", 0) if isinstance(row, dict) else 0
-    if isinstance(text, str):       # in which JSON may have half a surrogate pair, which is not a character
+    if isinstance(text, str):       # JSON may contain a lone surrogate, which is not a character
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     elif text is not None:
-        raise UserError(f'{where} has no "text": each must be like {{"text": "..."}}')
+        raise UserError(f'{where} has no "text": each must look like {{"text": "..."}}')
     if text != "":
         yield text, True
 
@@ -428,12 +444,12 @@ def read_row(row, where):
 
 @contextmanager
 def new_folder(folder):
-    """Gives an empty folder inside this one, whose files move to this one at the end, meta.json last. After
-    an exception, the folder is as it was before."""
+    """Yields an empty folder inside this one. At the end, its files move to this one, meta.json last. After
+    an exception, this folder is as it was before."""
     existed = folder.exists()
     with held(folder):
         new = folder / "unfinished"
-        shutil.rmtree(new, ignore_errors=True)      # of a process that was killed
+        shutil.rmtree(new, ignore_errors=True)      # left by a killed process
         try:
             new.mkdir()
             yield new
@@ -450,13 +466,13 @@ def new_folder(folder):
 
 @contextmanager
 def held(folder):
-    """Makes a folder and holds it, so that no other process can. However this process ends, the system lets
-    go of it. Raises UserError if another one holds it."""
+    """Makes a folder and locks it. The lock disappears with this process, even after a crash. Raises
+    UserError if another process holds it."""
     os.makedirs(folder, exist_ok=True)
     try:
         lock = filelock.FileLock(Path(folder, ".lock")).acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UserError(f"another process is writing to {folder}: wait for it, or choose another") from error
+        raise UserError(f"another process is writing to {folder}: wait, or choose another folder") from error
     with lock:
         yield
 
@@ -476,22 +492,22 @@ def load_meta(folder):
     missing or damaged."""
     path = Path(folder, "meta.json")
     if not path.is_file():
-        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py, or give the "
-                        "folder that has it with --data")
+        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py, or pass the "
+                        "right folder with --data")
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta.pop("checksum") == checksum(folder, meta) and meta["format"] == FORMAT:
             return {**meta, "vocabulary": Path(folder, "vocabulary.tiktoken").read_text()}
-    raise UserError(f"{folder} is damaged, half-written, or of another version: run prepare.py again")
+    raise UserError(f"{folder} is damaged, half-written, or from another version: run prepare.py again")
 
 
 def token_text(tokenizer, token):
-    """Returns the text of one token; bytes that are a part of a character are shown as \\xe2."""
+    """Returns the text of one token. Bytes that form only part of a character are shown as \\xe2."""
     return tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
 
 
 def show_tokens(meta, folder):
-    """Prints the merges that were learned first and last, and how a text is split into tokens."""
+    """Prints the first and last merges learned, and an example of text split into tokens."""
     tokenizer = get_tokenizer(meta["tokenizer"], meta["vocabulary"])
 
     def pieces(tokens):
@@ -511,7 +527,7 @@ def show_tokens(meta, folder):
 # ------------------------------------------------------------------------------ command lines
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but the help shows each default, and a mistake takes one line."""
+    """argparse, but the help shows each default, and errors take one line."""
 
     def add_argument(self, *names, **options):
         if options.get("default") not in (None, argparse.SUPPRESS):
@@ -520,7 +536,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if "expected one argument" in message:
-            message += ', as in --flag VALUE, or --flag="-VALUE" where that begins with a -'
+            message += ', as in --flag VALUE, or --flag="-VALUE" if VALUE begins with -'
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 
@@ -541,17 +557,17 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 
 @contextmanager
 def one_line_errors(*kinds):
-    """Ends the program on an exception of these kinds, or if an optional package is not installed, with one
-    line and exit status 2, on Ctrl-C with 130."""
+    """On an exception of these kinds, or if an optional package is missing, ends the program with one line
+    and exit status 2; on Ctrl-C, with 130."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:      # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
-    with suppress(AttributeError):      # in a notebook, stdout is of another kind
-        sys.stdout.reconfigure(errors="replace")        # for consoles that do not know all characters
+    with suppress(AttributeError):      # notebooks have a different stdout
+        sys.stdout.reconfigure(errors="replace")        # for consoles that cannot show all characters
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:     # as with "| head": nobody reads on
+    except BrokenPipeError:     # as with "| head": the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (*kinds, ModuleNotFoundError) as error:
@@ -567,14 +583,14 @@ def one_line_errors(*kinds):
 
 
 def ending_signals():
-    """Returns the signals that end a program, but for those it was started to ignore, as nohup does."""
+    """Returns the signals that end a program, except those it was started to ignore, as under nohup."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")     # Windows lacks the last
     signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def in_colour():
-    """Whether colours are wanted (https://no-color.org)."""
+    """Whether to use colours (https://no-color.org)."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
@@ -596,20 +612,20 @@ def main(argv=None):
     add = parser.add_argument
     add("sources", nargs="*", metavar="SOURCE", default=["python"],
         help=f"files ({', '.join(SUFFIXES)}), folders, URLs, hf:OWNER/NAME or hf:OWNER/NAME:SUBSET for a "
-        f"dataset of Hugging Face's hub with a column text, {', '.join(NAMED_SOURCES)}, or python for this "
+        f"dataset on the Hugging Face Hub with a column text, {', '.join(NAMED_SOURCES)}, or python for this "
         "Python's standard library")
     add("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
-    add("--overwrite", action="store_true", help="replace what data/NAME has")
-    add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe, which learns a vocabulary, or a data folder, "
-        "for its vocabulary (default: bpe for python, otherwise gpt2)")
+    add("--overwrite", action="store_true", help="replace the contents of data/NAME")
+    add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe (learns a vocabulary), or a data folder "
+        "(to use its vocabulary) (default: bpe for python, otherwise gpt2)")
     add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
-        metavar="N", help="how many tokens bpe learns, with the 256 bytes and <|endoftext|> (default: 2048)")
+        metavar="N", help="vocabulary size of bpe, with bytes and <|endoftext|> (default: 2048)")
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N documents")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
-        help="share of the tokens, at the end, that is kept for validation")
+        help="fraction of the tokens, from the end, held out for validation")
     with one_line_errors(UserError, OSError):
         args = parser.parse_args(argv)
-        for number in ending_signals():     # all end it like Ctrl-C, which leaves nothing behind
+        for number in ending_signals():     # all of these act like Ctrl-C, which cleans up
             signal.signal(number, signal.default_int_handler)
         folder = Path("data", args.name or default_name(args.sources[0]))
         tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
@@ -618,8 +634,8 @@ def main(argv=None):
         if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
             raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
         if Path(folder, "meta.json").exists() and not args.overwrite:
-            raise UserError(f"{folder} is there already: choose another --name, or add --overwrite, after "
-                            "which its runs cannot be resumed")
+            raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "
+                            "can then no longer be resumed)")
         started = time.perf_counter()
         meta = prepare(args.sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
                        args.val_fraction)

@@ -1,8 +1,8 @@
-"""Weights and a prompt to text: continues the prompt and prints each character as soon as it is complete.
+"""From weights and a prompt to text: prints each character of the continuation as soon as it is complete.
 
     python sample.py --prompt "def"                                     uses the newest out/*/best.pt
     python sample.py --prompt_file - --num_samples 3 < question.txt
-    python sample.py --prompt "Once upon" --show_probs                  what else could have come
+    python sample.py --prompt "Once upon" --show_probs                  shows likely alternatives
     python sample.py --export FOLDER                                    for Hugging Face's transformers
 
 How the next token is chosen is in gpt.py (GPT.generate and next_token). Left out: chat.
@@ -22,12 +22,12 @@ from prepare import seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
-    """Continues a prompt num_samples times, as one batch; the options are those of GPT.generate. After each
-    token, yields what it adds to each sample, a list of strings, and at the end once more, what remains.
+    """Continues a prompt num_samples times in one batch; the options are those of GPT.generate. After each
+    token, yields the text that it adds to each sample, a list of strings.
 
-    A token may be a part of a character: it adds "" until the character is complete. A sample ends at
-    <|endoftext|>, and generation when all samples have ended. An empty prompt starts a new document.
-    """
+    A token may be only part of a character. Then it adds "", and the character appears once it is complete,
+    or as \ufffd at the end. A sample ends at <|endoftext|>, and generation when all samples have. An empty
+    prompt starts a new document."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
@@ -50,9 +50,9 @@ def encode_prompt(tokenizer, prompt):
 
 
 def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
-    """Yields (token, probabilities (V,)) for each of the ids after the first, and for each token that follows
-    them: how likely each token was to come there, before temperature, top_k and top_p. Of longer ids, only
-    the last block_size."""
+    """How likely was each token, given those before it? Yields (token, probabilities (V,)) for all ids except
+    the first, then for each generated token, before temperature, top_k and top_p. If there are more than
+    block_size ids, uses only the last block_size."""
     ids = torch.tensor([ids[-model.config.block_size:]], device=next(model.parameters()).device)
     with torch.inference_mode():
         for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):     # (1, T) -> (T, V)
@@ -65,10 +65,10 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
 
 
 # ================================================================================== plumbing
-# A first reading may stop here. Below: how probabilities are shown, where models come from, export, flags.
+# A first reading may stop here. Below: showing probabilities, loading models, export, flags.
 
 def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
-    """Prints a line for each token: its probability and its three likeliest rivals. A > marks what is new."""
+    """Prints a line for each token: its probability and its three likeliest rivals. > marks new ones."""
     def shown(token):
         return repr(token_text(tokenizer, token))
 
@@ -85,7 +85,7 @@ def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
 
 
 def print_samples(model, tokenizer, prompt, num_samples, **options):
-    """Prints the first sample as it is made, the others after it, also after Ctrl-C."""
+    """Prints the first sample as it is generated, then the others, even after Ctrl-C."""
     texts = [prompt] * num_samples
     if num_samples > 1:
         print("--- sample 1 ---")
@@ -101,8 +101,8 @@ def print_samples(model, tokenizer, prompt, num_samples, **options):
 
 
 def load_model(source):
-    """Returns a model on the CPU, and its tokenizer's name and vocabulary. The source is a file or folder of
-    train.py's, or what GPT.from_pretrained takes. Raises ModelError or UserError."""
+    """Returns a model on the CPU, and its tokenizer's name and vocabulary. The source is a checkpoint
+    or folder from train.py, or anything that GPT.from_pretrained accepts. Raises ModelError or UserError."""
     source = newest_checkpoint(source) or source
     exported = Path(source, "vocabulary.tiktoken")
     if os.path.isfile(source) or str(source).endswith(".pt"):
@@ -112,8 +112,8 @@ def load_model(source):
         model = GPT.from_pretrained(source)
         tokenizer = ("bpe", exported.read_text()) if exported.exists() else ("gpt2", "")
     if get_tokenizer(*tokenizer).n_vocab != model.config.vocab_size:
-        raise UserError(f"{source} has {model.config.vocab_size:,} tokens, and {tokenizer[0]} has others: no "
-                        "tokenizer for it is here")
+        raise UserError(f"{source} has {model.config.vocab_size:,} tokens, but the tokenizer {tokenizer[0]} "
+                        "does not: no matching tokenizer was found")
     return model, tokenizer
 
 
@@ -139,8 +139,7 @@ def export(model, tokenizer, folder):
 
 
 def newest_checkpoint(*folders):
-    """Returns the newest checkpoint of these folders: of each, best.pt counts, or else last.pt. Returns None
-    if there is none."""
+    """Returns the newest checkpoint in these folders (best.pt of each, or else last.pt), or None."""
     runs = {path.parent: path for name in ("last.pt", "best.pt") for folder in folders
             if (path := Path(folder, name)).exists()}
     return max(runs.values(), key=lambda path: path.stat().st_mtime, default=None)
@@ -158,9 +157,9 @@ def read_prompt(file):
 def parse_args(argv):
     parser = Parser(description="Continue a prompt with a trained model.")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", help="the text to continue, best without a space at its end "
+    prompt.add_argument("--prompt", default="", help="the text to continue, better without a trailing space "
                         "(default: start a new document)")
-    prompt.add_argument("--prompt_file", help="a file that contains it, or - for standard input")
+    prompt.add_argument("--prompt_file", help="a file with the prompt, or - for standard input")
     add = parser.add_argument
     add("--checkpoint", help="a file or folder that train.py wrote, a folder with a GPT-2 in Hugging Face's "
         "format, or its name on their hub, such as gpt2-xl (default: the newest out/*/best.pt)")
@@ -168,13 +167,13 @@ def parse_args(argv):
         help="print each token on a line, with its probability and its likeliest rivals")
     add("--export", metavar="FOLDER",
         help="write the model and its tokenizer for Hugging Face's transformers, and exit")
-    add("--num_samples", type=positive_int, default=1, help="how many continuations to generate")
-    add("--max_new_tokens", type=positive_int, default=200, help="the most tokens that each may have")
+    add("--num_samples", type=positive_int, default=1, help="number of continuations to generate")
+    add("--max_new_tokens", type=positive_int, default=200, help="maximum tokens of each")
     add("--temperature", type=checked(float, lambda t: 0 <= t < float("inf"), "at least 0"), default=0.8,
         help="0: always the likeliest token; 1: the model's own odds; above: more varied")
-    add("--top_k", type=positive_int, default=50, help="draw from this many of the likeliest tokens")
+    add("--top_k", type=positive_int, default=50, help="sample only from this many of the likeliest tokens")
     add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "above 0 and at most 1"), default=1.0,
-        help="draw from the fewest tokens that have this probability together")
+        help="sample only from the fewest tokens whose probabilities reach this")
     add("--seed", type=seed_int, default=1337, help="same seed and flags, same text")
     add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
@@ -201,7 +200,7 @@ def main(argv=None):
         tokenizer = get_tokenizer(*tokenizer)
         length, block_size = len(tokenizer.encode_ordinary(prompt)), model.config.block_size
         if length > block_size:
-            print(f"the prompt has {length:,} tokens: the model sees the last {block_size:,}",
+            print(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}",
                   file=sys.stderr)
         model = model.to(device, dtype)
         options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}

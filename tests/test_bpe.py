@@ -189,7 +189,7 @@ def test_a_text_with_fewer_merges_gets_a_smaller_vocabulary_and_that_is_said(cap
     Path("a.txt").write_text("ab ab")
     prepare.prepare(["a.txt"], "data/a", "bpe", 5000)
     assert load_meta("data/a")["vocab_size"] == 258
-    assert "no pair occurs twice now: the vocabulary has 258 tokens" in capsys.readouterr().err
+    assert "no pair is left that occurs twice: the vocabulary has only 258 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [
@@ -199,7 +199,7 @@ def test_a_damaged_vocabulary_is_refused(fails, books, damage):
     path = Path(books, "vocabulary.tiktoken")
     assert damage(path.read_text()) != path.read_text()
     path.write_text(damage(path.read_text()), encoding="latin-1")
-    fails(train.main, [*QUICK, "--data", books], "data/books is damaged, half-written, or of another version")
+    fails(train.main, [*QUICK, "--data", books], "data/books is damaged, half-written, or from another")
 
 
 def test_a_run_is_not_resumed_with_another_vocabulary(fails, books):
@@ -214,4 +214,4 @@ def test_a_model_is_not_fine_tuned_on_the_tokens_of_another_vocabulary(fails, bo
     Path("more.txt").write_text("some other text " * 99)
     prepare.prepare(["more.txt"], "data/more", "bpe", 262)
     fails(train.main, ["--data", "data/more", "--init", "out/text/best.pt"],
-          "has another tokenizer, bpe: run prepare.py again with --tokenizer and the data folder")
+          "uses another tokenizer, bpe: run prepare.py with --tokenizer and the data folder")

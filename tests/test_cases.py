@@ -58,7 +58,7 @@ def test_a_tracker_that_fails_does_not_end_a_run(data, monkeypatch, capsys, name
     init = failing if name == "init" else lambda **options: tracker
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     assert run("--max_steps", 2, "--wandb", "--log_interval", 1)[1]["step"] == 2
-    assert capsys.readouterr().out.count("warning: no wandb (RuntimeError: broken)") == 1
+    assert capsys.readouterr().out.count("warning: skipping wandb (RuntimeError: broken)") == 1
 
 
 # -------------------------------------------------------------------------------------------- folders
@@ -90,7 +90,7 @@ def test_a_folder_is_held_by_one_process_and_free_again_however_that_ends(fails,
                                "prepare.held('data/text'): print(flush=True); time.sleep(99)"],
                               stdout=subprocess.PIPE, env=ENVIRONMENT)
     holder.stdout.readline()
-    fails(train.main, [*QUICK, "--out", "out/text"], "another process is writing to out/text: wait for it")
+    fails(train.main, [*QUICK, "--out", "out/text"], "another process is writing to out/text: wait")
     fails(prepare.main, ["text.txt", "--tokenizer", "bytes", "--overwrite"], "is writing to data/text")
     assert os.listdir("out/text") == [".lock"]
     holder.kill()
@@ -105,7 +105,7 @@ def test_data_are_not_overwritten_unless_that_is_asked_for(fails):
         Path(text).write_text(text)
     prepare.main(["books.txt", "--tokenizer", "bytes"])
     for source in ("books.txt", "books"):
-        fails(prepare.main, [source, "--tokenizer", "bytes"], "data/books is there already: choose another")
+        fails(prepare.main, [source, "--tokenizer", "bytes"], "data/books already exists: choose another")
     assert documents("data/books") == ["books.txt"]
     prepare.main(["books", "--tokenizer", "bytes", "--overwrite"])
     assert documents("data/books") == ["books/a.txt"]
@@ -116,7 +116,7 @@ def test_a_file_with_a_short_name_is_not_passed_over_in_silence(monkeypatch, cap
     monkeypatch.setattr(prepare, "download", failing)
     with pytest.raises(RuntimeError):
         prepare.main(["shakespeare", "--tokenizer", "bytes"])
-    assert "write ./shakespeare for the file or folder here" in capsys.readouterr().err
+    assert "write ./shakespeare for a file or folder" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- documents
@@ -156,7 +156,7 @@ def test_linked_folders_are_read_once_hidden_ones_not_and_what_is_left_out_is_sa
     Path("books/dangling.txt").symlink_to("nowhere.txt")
     prepare.prepare(["books"], "data/books", "bytes")
     assert documents("data/books") == ["books/a.txt", "elsewhere/d.txt"]
-    assert "books: 2 files; 2 others are left out, ending in .md" in capsys.readouterr().err
+    assert "books: 2 files; skipping 2 others, which end in .md" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2", "bpe"])
@@ -309,13 +309,13 @@ def test_ctrl_c_shows_what_there_is_of_each_sample(checkpoint, monkeypatch, caps
 def test_data_that_were_moved_are_found_with_a_flag(fails, data):
     run("--max_steps", 1)
     Path(data).rename("data/moved")
-    fails(train.main, RESUME, "or give the folder that has it with --data")
+    fails(train.main, RESUME, "or pass the right folder with --data")
     train.main([*RESUME, "--data", "data/moved", "--max_steps", "2"])
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
 def test_a_prompt_that_begins_with_a_dash_can_be_given(fails, checkpoint, capsys):
-    fails(sample.main, ["--prompt", "-x"], 'or --flag="-VALUE" where that begins with a -')
+    fails(sample.main, ["--prompt", "-x"], 'or --flag="-VALUE" if VALUE begins with -')
     sample.main(["--prompt=-x", "--max_new_tokens", "2"])
     assert capsys.readouterr().out.startswith("-x")
 

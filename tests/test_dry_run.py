@@ -21,7 +21,7 @@ def foretold(data, capsys):
 
 def test_a_dry_run_reports_the_size_the_cost_and_the_time_and_writes_nothing(foretold, tiny):
     says = foretold("--max_steps", 200)
-    assert re.match(r"training tiny on cpu in float32 \(there is .* GPU here\); nothing is written\n", says)
+    assert re.match(r"training tiny on cpu in float32 \(.* GPU available\); nothing is written\n", says)
     assert not Path("out").exists()
     assert f"{gpt.GPT(tiny).num_params():,} parameters; data/text: 112 sequences of 16 tokens\n" in says
     assert "each step: 1 processes x 1 micro-batches x 4 sequences = 64 tokens\n" in says

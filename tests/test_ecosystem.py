@@ -132,7 +132,7 @@ def test_a_name_on_the_hub_can_be_sampled_from(hub, gpt2, capsys, name):
 
 def test_a_name_that_is_not_there_is_reported_in_one_line(hub, fails):
     fails(sample.main, ["--checkpoint", "nobody/nothing"],
-          "nobody/nothing is neither a folder with a GPT-2 in Hugging Face's format nor a model that could")
+          "nobody/nothing is neither a folder with a GPT-2 in Hugging Face's format nor a model that can")
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning
@@ -174,11 +174,11 @@ def test_the_recipe_of_fine_tuning_is_gentle(data):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["gpt2.pt"], "gpt2.pt has another tokenizer, gpt2: run prepare.py again with --tokenizer gpt2"),
-    (["first.pt", "--n_layer", "3"], "--init has sizes of its own: leave out --n_layer"),
+    (["gpt2.pt"], "gpt2.pt uses another tokenizer, gpt2: run prepare.py with --tokenizer gpt2"),
+    (["first.pt", "--n_layer", "3"], "--init brings its own sizes: leave out --n_layer"),
     (["first.pt", "--block_size", "17"], "--n_embd and a --block_size above 16"),
     (["first.pt", "--model", "nano"], "argument --model: not allowed with argument --init"),
-    (["odd"], "odd has 99 tokens, and gpt2 has others: no tokenizer for it is here")])
+    (["odd"], "odd has 99 tokens, but the tokenizer gpt2 does not")])
 @pytest.mark.usefixtures("data", "gpt2", "first")
 def test_what_cannot_be_fine_tuned_is_reported_in_one_line(fails, flags, message):
     gpt.GPT(gpt.GPTConfig(vocab_size=99, n_layer=1, n_head=1, n_embd=8)).save_pretrained("odd")
@@ -278,7 +278,7 @@ def test_shakespeare_is_downloaded_from_its_url(server, monkeypatch):
 @pytest.mark.parametrize("path, message", [
     ("cut.txt", "cut.txt could not be downloaded (<urlopen error retrieval incomplete: got only 500 out of"),
     ("none.txt", "none.txt could not be downloaded (HTTP Error 404"),
-    ("page.html", "page.html: no file ends in .txt"),
+    ("page.html", "page.html: no file with a known ending (.txt"),
     ("http://127.0.0.1:0/a.txt", "a.txt could not be downloaded"),
     ("https://[x/a.txt", "a.txt could not be downloaded")])
 def test_a_download_that_fails_is_reported_and_leaves_nothing_behind(server, capsys, path, message):

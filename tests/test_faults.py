@@ -124,7 +124,7 @@ def test_weights_that_are_not_finite_end_the_run(fails, data, monkeypatch, dtype
     at_step(monkeypatch, 3, spoil)
     fails(main, [*QUICK, "--dtype", dtype, "--max_steps", 9, "--eval_interval", 2],
           "step 3 has loss nan and a gradient of norm nan at learning rate 0.00875 and loss scale 1: "
-          "return to the last checkpoint with --resume and a lower --lr")
+          "restart from the last checkpoint with --resume and a lower --lr")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
@@ -231,4 +231,4 @@ def test_skipped_steps_are_counted_across_a_stop(fails, data, monkeypatch):
 def test_a_tokenizer_named_by_meta_json_is_never_a_file(fails, data, name):
     path = Path(data, "meta.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": name}))
-    fails(main, QUICK, "data/text is damaged, half-written, or of another version")
+    fails(main, QUICK, "data/text is damaged, half-written, or from another version")

@@ -385,8 +385,8 @@ def test_a_hugging_face_folder_of_another_kind_is_refused(model, tmp_path):
     text = config.read_text()
     for before, after, message in [
             ('"gelu_new"', '"relu"', "is not a GPT-2: its activation_function is 'relu', not 'gelu_new'"),
-            ('"n_layer": 2', '"n_layer": 1', r"is not a GPT-2: it has other weights: see .*h\.1\."),
-            ('"n_layer": 2', '"n_layer": 3', r"is not a GPT-2: it has other weights: see .*h\.2\."),
+            ('"n_layer": 2', '"n_layer": 1', r"is not a GPT-2: its weights do not match: see .*h\.1\."),
+            ('"n_layer": 2', '"n_layer": 3', r"is not a GPT-2: its weights do not match: see .*h\.2\."),
             ('"n_positions": 16', '"n_positions": 17', "is neither a folder with a GPT-2")]:
         assert before in text
         config.write_text(text.replace(before, after))

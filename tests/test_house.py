@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-IDEA = {"gpt.py": 298, "prepare.py": 200, "sample.py": 75, "train.py": 320}     # lines at most
+IDEA = {"gpt.py": 314, "prepare.py": 200, "sample.py": 75, "train.py": 320}     # lines at most
 IMPORTS = {"gpt.py": set(), "prepare.py": set(), "sample.py": {"gpt", "prepare"},
            "train.py": {"gpt", "prepare", "sample"}}
 SCREEN = 50

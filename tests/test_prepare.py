@@ -225,7 +225,7 @@ def test_progress_is_reported_every_ten_seconds(monkeypatch, capsys):
 
 BAD_SOURCES = [
     ("none.txt", None, "there is no none.txt"),
-    ("a.pdf", "x", "a.pdf: no file ends in .txt, .jsonl"),
+    ("a.pdf", "x", "a.pdf: no file with a known ending (.txt, .jsonl"),
     ("a.txt", "", "there is no text in a.txt"),
     ("a.jsonl", "\n\n", "there is no text in a.jsonl"),
     ("a.txt", b"good \xff bad", "a.txt is not UTF-8 at byte 5"),
@@ -249,7 +249,7 @@ def test_a_source_at_fault_is_named_in_one_line_and_leaves_nothing_behind(fails,
 
 def test_a_folder_without_text_is_refused(fails):
     Path("empty").mkdir()
-    fails(main, ["empty"], "empty: no file ends in .txt")
+    fails(main, ["empty"], "empty: no file with a known ending (.txt")
 
 
 def test_a_damaged_gzip_file_is_refused(fails):
@@ -291,11 +291,11 @@ def test_without_the_vocabulary_the_way_out_is_named(fails, monkeypatch, failure
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("meta.json", None, "contains no prepared data (no meta.json): run prepare.py, or give"),
-    ("meta.json", b'{"format": 1, "tok', "is damaged, half-written, or of another version"),
-    ("meta.json", b"[]", "is damaged, half-written, or of another version"),
-    ("meta.json", b"\xff", "is damaged, half-written, or of another version"),
-    ("meta.json", b'{"format": 2}', "is damaged, half-written, or of another version"),
+    ("meta.json", None, "contains no prepared data (no meta.json): run prepare.py, or pass"),
+    ("meta.json", b'{"format": 1, "tok', "is damaged, half-written, or from another version"),
+    ("meta.json", b"[]", "is damaged, half-written, or from another version"),
+    ("meta.json", b"\xff", "is damaged, half-written, or from another version"),
+    ("meta.json", b'{"format": 2}', "is damaged, half-written, or from another version"),
     ("train.bin", None, "train.bin has 0 bytes, but meta.json says 3,600: run prepare.py again"),
     ("train.bin", b"x" * 3601, "train.bin has 3,601 bytes"),
     ("train.bin", b"x" * 3598, "train.bin has 3,598 bytes")])

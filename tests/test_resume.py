@@ -152,9 +152,9 @@ def test_a_copy_is_continued_in_another_folder_with_other_flags(data):
 
 def test_another_global_batch_size_continues_where_the_old_one_ended(data, monkeypatch):
     run("--max_steps", 3, "--global_batch_size", 8)
-    offsets, indices = [], Batches.indices
-    monkeypatch.setattr(Batches, "indices", lambda self, offset, count: offsets.extend(
-        range(offset, offset + count)) or indices(self, offset, count))
+    offsets, batches = [], Batches.__call__
+    monkeypatch.setattr(Batches, "__call__", lambda self, offset: offsets.extend(
+        range(offset, offset + self.share)) or batches(self, offset))
     main([*RESUME, "--global_batch_size", "16", "--epochs", "1"])
     assert offsets == list(range(24, 120))      # in steps of 16 to the end of the epoch of 112 sequences
     _, meta = gpt.load_checkpoint("out/text/last.pt")
@@ -168,7 +168,7 @@ def test_another_global_batch_size_continues_where_the_old_one_ended(data, monke
 def test_a_run_that_is_done_says_so(data, capsys):
     run("--max_steps", 1)
     main(RESUME)
-    assert "all steps are done: --max_steps or --epochs, with more of them" in capsys.readouterr().out
+    assert "all steps are done: raise --max_steps or --epochs" in capsys.readouterr().out
 
 
 def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
@@ -218,7 +218,7 @@ def test_other_data_are_refused(fails, data, text):
 
 def test_an_earlier_run_is_not_overwritten(fails, data):
     model, _ = run("--max_steps", 2)
-    fails(main, QUICK, "last.pt is from an earlier run: --resume continues it, another --out keeps it")
+    fails(main, QUICK, "last.pt is from an earlier run: add --resume, or choose another --out")
     assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
 
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_read_cannot_be_resumed(fails, data, content
 def test_weights_without_an_optimizer_cannot_be_resumed(fails, data):
     run("--max_steps", 2)
     Path("out/text/best.pt").replace("out/text/last.pt")
-    fails(main, RESUME, "cannot be resumed: it has weights, but not the state of an optimizer")
+    fails(main, RESUME, "cannot be resumed: it has weights, but no optimizer state")
 
 
 # ------------------------------------------------------------------------------------------------ scale

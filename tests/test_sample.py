@@ -135,7 +135,7 @@ def test_a_prompt_longer_than_the_context_is_used_from_its_end_and_that_is_repor
         return capsys.readouterr()
 
     long, short = sample("x" * 30 + "sixteen letters!"), sample("sixteen letters!")
-    assert "the prompt has 46 tokens: the model sees the last 16" in long.err and "tokens" not in short.err
+    assert "has 46 tokens: the model sees only the last 16" in long.err and "tokens" not in short.err
     assert long.out == "x" * 30 + short.out
 
 
@@ -257,7 +257,7 @@ def test_on_a_terminal_likely_tokens_are_green_and_unlikely_ones_red(sampled, mo
 
 @pytest.mark.parametrize("flags, message", [
     (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
-    (["--checkpoint", "odd.pt"], "odd.pt has 99 tokens, and bytes has others: no tokenizer for it is here"),
+    (["--checkpoint", "odd.pt"], "odd.pt has 99 tokens, but the tokenizer bytes does not"),
     (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or not a checkpoint of this program"),
     (["--prompt_file", "none.txt"], "No such file or directory: 'none.txt'"),
     (["--prompt_file", "bad.txt"], "the prompt in bad.txt is not UTF-8 at byte 1"),
