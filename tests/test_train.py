@@ -133,6 +133,19 @@ def test_matrices_decay_and_vectors_do_not(tiny, name):
         map(id, model.parameters()))
 
 
+@pytest.mark.parametrize("name, scale", [("adamw", 1), ("muon", 4)])
+def test_beside_muon_embeddings_get_four_times_the_learning_rate(tiny, name, scale):
+    model = gpt.GPT(tiny)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizers = train.make_optimizers(name, model, 0.1, CPU, torch.float32)
+    train.update(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, 0.01, 1.0)
+    rates = {id(p): group["lr"] for optimizer in optimizers for group in optimizer.param_groups
+             for p in group["params"]}
+    assert rates[id(model.wte.weight)] == rates[id(model.wpe.weight)] == 0.01 * scale
+    assert rates[id(model.h[0].mlp.c_fc.weight)] == rates[id(model.ln_f.bias)] == 0.01
+
+
 @pytest.mark.parametrize("shape", [(3, 40, 64), (2, 96, 24)])
 def test_muon_brings_the_singular_values_of_matrices_near_1_and_keeps_their_directions(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
