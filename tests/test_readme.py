@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,22 @@ def test_the_loop_of_the_readme_gives_the_losses_of_train_py(monkeypatch):
     train.main(["--model", "nano", "--dtype", "float32", "--log_interval", "1"])
     losses = [row["loss"] for row in log("out/python") if "loss" in row]
     assert [float(line.split()[1]) for line in printed.getvalue().splitlines()] == losses and len(losses) == 3
+
+
+def test_the_figures_of_the_quickstart_are_those_that_bench_py_measured():
+    rows = [json.loads(line) for line in (ROOT / "docs" / "quickstart.jsonl").read_text().splitlines()]
+    for step in {row["step"] for row in rows}:
+        found = [row["bits_per_byte"] for row in rows if row["step"] == step]
+        assert f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}" in README
+
+
+def test_the_readme_counts_its_lines_right():
+    halves = [re.split(r"^# =+ plumbing$", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+              for name in ("gpt.py", "prepare.py", "sample.py", "train.py")]
+    idea = sum(idea.count("\n") for idea, _ in halves)
+    both = idea + sum(plumbing.count("\n") for _, plumbing in halves)
+    assert f"{both:,} lines in four files, of which {idea:,} are the idea" in README
+    assert f"The ideas are {idea:,} lines" in README
 
 
 def commands():
