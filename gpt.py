@@ -97,17 +97,17 @@ def attention(q, k, v, dropout):
         query 2         .  .  .
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    scores = q @ k.transpose(2, 3) / math.sqrt(D)                           # (B, H, T, D) -> (B, H, T, S)
-    # True above the diagonal. Query i stands at position i + S - T, and key j is later if j > i + S - T.
-    later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-    weights = scores.masked_fill(later, -math.inf).softmax(-1)
+    scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                         # (B, H, T, D) -> (B, H, T, S)
+    # Query i stands at position i + S - T. Keys above that diagonal are later; all others keep a 0.
+    mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
+    weights = (scores + mask).softmax(-1)
     return F.dropout(weights, dropout) @ v                                  # (B, H, T, S) -> (B, H, T, D)
 
 
 def cross_entropy(x, lm_head, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats per token. x is (B, T, C),
-    lm_head (padded V, C), targets (B, T). (It computes the logits, so that the fast version can do so, too,
-    without ever holding all of them.)"""
+    lm_head (padded V, C), targets (B, T). It computes the logits itself, so that the fast version need not
+    hold all of them."""
     logits = F.linear(x, lm_head)[..., :vocab_size]                         # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,8 +90,8 @@ def test_more_processes_than_gpus_are_refused_by_each_rank_without_waiting(gpus,
     monkeypatch.setattr(dist, "rendezvous", lambda url: pytest.fail("it waits for the others"))
     with pytest.raises(prepare.UserError) as error:
         train.World(torch.device("cuda"))
-    assert str(error.value) == ("2 processes need as many GPUs, but there are 1: add --nproc_per_node=1 to "
-                                "torchrun, or --device cpu to train.py")
+    assert str(error.value) == ("2 processes need as many GPUs, but there are 1: use torchrun "
+                                "--nproc_per_node=1, or add --device cpu")
 
 
 @pytest.mark.parametrize("nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
@@ -122,6 +123,19 @@ def test_evaluations_are_of_some_sequences_and_the_last_one_of_all(data, monkeyp
     assert counts == [5, 5, 12]
     loss = gpt.load_checkpoint("out/text/best.pt")[1]["best_val_loss"]
     assert loss != log()[-1]["val_loss"]        # the best one is chosen on the same sequences each time
+
+
+@pytest.mark.parametrize("device, precision", [("cuda", "high"), ("cpu", "highest")])
+def test_float32_on_a_gpu_uses_tensor_cores(fails, data, monkeypatch, device, precision):
+    def reached(*args):
+        raise prepare.UserError(f"precision {torch.get_float32_matmul_precision()}")
+
+    world = SimpleNamespace(device=torch.device(device), close=lambda: None)
+    monkeypatch.setattr(train, "World", lambda device: world)
+    monkeypatch.setattr(train, "choose_dtype", lambda *args: torch.float32)
+    monkeypatch.setattr(train, "set_up", reached)
+    fails(train.main, [*QUICK, "--out", "out/new"], f"precision {precision}\n")
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_bfloat16_on_a_gpu_without_hardware_for_it_is_warned_of(monkeypatch, capsys):
