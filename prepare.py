@@ -161,7 +161,7 @@ def encode(tokenizer, pieces):
 
 def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1,
             workers=None):
-    """Encodes the first sample_size documents of the sources (None: all) into a folder and returns its meta.
+    """Encodes the first sample_size files or rows of the sources (None: all) into a folder, returns its meta.
     tokenizer_name is "gpt2", "bytes", "bpe" (learns a new vocabulary), or another data folder (uses its
     tokenizer). The result does not depend on workers, the number of threads (None: one per core). On any
     problem with a source, raises UserError and leaves the folder unchanged."""
@@ -317,7 +317,7 @@ def find_files(source, folder):
         raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)})")
     if others := set(files) - set(taken):
         print(f"{source}: {len(taken)} files; skipping {len(others)} others, which end in "
-              f"{', '.join(sorted({file.suffix for file in others}))}", file=sys.stderr)
+              f"{', '.join(sorted({file.suffix or 'nothing' for file in others}))}", file=sys.stderr)
     return [download(source, folder)] if is_url else taken
 
 
@@ -381,14 +381,14 @@ def read_file(path):
 
 
 def read_text(file, path):
-    rest = None
+    if not (rest := file.read(CHUNK)):
+        return
     while block := file.read(CHUNK):
-        block = (rest or "") + block
-        cut = last_cut(block)
-        yield block[:cut], False
-        rest = block[cut:]
-    if rest is not None:
-        yield rest, True
+        text = rest + block
+        cut = last_cut(text)
+        yield text[:cut], False
+        rest = text[cut:]
+    yield rest, True
 
 
 def last_cut(text):
@@ -396,8 +396,9 @@ def last_cut(text):
     word, where every tokenizer starts a new one. "two words" is cut into "two" and " words". If there is no
     such position, returns the end, and the tokens around it may differ."""
     cuts = range(len(text) - 1, 0, -1)
+    mark = text.rfind("<", max(1, len(text) - 12))      # perhaps the beginning of an <|endoftext|>
     return next((i for i in cuts if (text[i] == " " and not text[i - 1].isspace())
-                 or (text[i] == "\n" and text[i - 1].isalnum())), len(text))
+                 or (text[i] == "\n" and text[i - 1].isalnum())), mark if mark > 0 else len(text))
 
 
 def read_jsonl(lines, path):
@@ -430,14 +431,15 @@ def read_table(source):
 
 
 def read_row(row, where):
-    """Yields (text, True); (None, True) for a null; nothing for an empty text."""
+    """Yields pieces of the row's text; (None, True) for a null; nothing for an empty text."""
     text = row.get("text", 0) if isinstance(row, dict) else 0
-    if isinstance(text, str):       # JSON may contain a lone surrogate, which is not a character
+    if text is None:
+        yield None, True
+    elif isinstance(text, str):     # JSON may contain a lone surrogate, which is not a character
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    elif text is not None:
+        yield from read_text(io.StringIO(text), where)
+    else:
         raise UserError(f'{where} has no "text": each must look like {{"text": "..."}}')
-    if text != "":
-        yield text, True
 
 
 # ---------------------------------------------------------------------------- the data folder
@@ -446,9 +448,9 @@ def read_row(row, where):
 def new_folder(folder):
     """Yields an empty folder inside this one. At the end, its files move to this one, meta.json last. After
     an exception, this folder is as it was before."""
-    existed = folder.exists()
+    existed = os.path.isdir(os.path.abspath(folder))        # also where the folder's name has a ".."
     with held(folder):
-        new = folder / "unfinished"
+        new = folder / ".unfinished"
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process
         try:
             new.mkdir()
@@ -494,7 +496,7 @@ def load_meta(folder):
     if not path.is_file():
         raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py, or pass the "
                         "right folder with --data")
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta.pop("checksum") == checksum(folder, meta) and meta["format"] == FORMAT:
             return {**meta, "vocabulary": Path(folder, "vocabulary.tiktoken").read_text()}
@@ -551,7 +553,7 @@ def checked(kind, fits, description):
 
 
 positive_int = checked(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
-positive_float = checked(float, lambda x: 0 < x < float("inf"), "a number above 0")
+positive_float = checked(float, lambda x: 0 < x < 1e9, "a number above 0 and below 10^9")
 seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
 
 
@@ -620,7 +622,7 @@ def main(argv=None):
         "(to use its vocabulary) (default: bpe for python, otherwise gpt2)")
     add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
         metavar="N", help="vocabulary size of bpe, with bytes and <|endoftext|> (default: 2048)")
-    add("--sample_size", type=positive_int, metavar="N", help="take only the first N documents")
+    add("--sample_size", type=positive_int, metavar="N", help="take only the first N files or rows")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
         help="fraction of the tokens, from the end, held out for validation")
     with one_line_errors(UserError, OSError):
@@ -633,7 +635,9 @@ def main(argv=None):
             raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
         if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
             raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
-        if Path(folder, "meta.json").exists() and not args.overwrite:
+        if ".." in folder.parts or folder == Path("data"):
+            raise UserError(f"--name must be the name of a folder in data, not {folder}")
+        if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:
             raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "
                             "can then no longer be resumed)")
         started = time.perf_counter()

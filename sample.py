@@ -10,6 +10,7 @@ How the next token is chosen is in gpt.py (GPT.generate and next_token). Left ou
 
 import codecs
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,8 +18,8 @@ from pathlib import Path
 import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint, out_of_memory
-from prepare import Parser, UserError, checked, get_tokenizer, in_colour, one_line_errors, positive_int
-from prepare import seed_int, token_text, tokenizer_parts, vocabulary_text
+from prepare import Parser, UserError, checked, ending_signals, get_tokenizer, in_colour, one_line_errors
+from prepare import positive_int, seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
@@ -107,6 +108,8 @@ def load_model(source):
     exported = Path(source, "vocabulary.tiktoken")
     if os.path.isfile(source) or str(source).endswith(".pt"):
         model, meta = load_checkpoint(source)
+        if "data" not in meta or not all(weight.isfinite().all() for weight in model.parameters()):
+            raise UserError(f"{source} cannot be used: its run diverged, or it is not from train.py")
         tokenizer = meta["data"]["tokenizer"], meta["data"]["vocabulary"]
     else:
         model = GPT.from_pretrained(source)
@@ -184,6 +187,8 @@ def main(argv=None):
     advice = "lower --num_samples, or choose a smaller --checkpoint"
     with one_line_errors(UserError, ModelError, OSError), out_of_memory(advice):
         args = parse_args(argv)
+        for number in ending_signals():     # all of these act like Ctrl-C
+            signal.signal(number, signal.default_int_handler)
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
@@ -193,6 +198,8 @@ def main(argv=None):
         if not args.checkpoint:
             print(f"sampling from {checkpoint}", file=sys.stderr)
         model, tokenizer = load_model(checkpoint)
+        if args.export and os.path.exists(args.export):
+            raise UserError(f"{args.export} already exists: choose another folder")
         if args.export:
             export(model, tokenizer, args.export)
             print(f"wrote {args.export}")

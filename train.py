@@ -423,7 +423,7 @@ def check_finite(run, loss, grad_norm, lr):
         raise UserError(
             f"step {run.state.step + 1:,} has loss {loss:g} and a gradient of norm {grad_norm:g} at learning "
             f"rate {lr:.3g} and loss scale {run.scaler.get_scale():g}: restart from the last checkpoint with "
-            "--resume and a lower --lr")
+            "--resume and a lower --lr, or from best.pt with --init")
 
 
 def check_tokens(ids, vocab_size):
@@ -806,8 +806,8 @@ def parse_args(argv):
     last, saved = Path(out, "last.pt"), None
     if last.exists() and given.resume:
         saved = load_checkpoint(last)
-        if "optimizers" not in saved[1]:
-            raise UserError(f"{last} cannot be resumed: it has weights, but no optimizer state")
+        if not {"args", "data", "optimizers", "scaler", *asdict(State())} <= saved[1].keys():
+            raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run")
         defaults = {**saved[1]["args"], "device": None, "dry_run": False}
     elif last.exists() and not given.dry_run:
         raise UserError(f"{last} is from an earlier run: add --resume, or choose another --out")
@@ -824,9 +824,15 @@ def parse_args(argv):
     return parser.parse_args(argv), saved
 
 
+def last_written(out):
+    path = Path(out, "last.pt")
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 @record     # makes torchrun's report say which rank failed, and why
 def start(argv):
     args, saved = parse_args(argv)
+    written = last_written(args.out)
     world = World(choose_device(args.device))
     try:
         keep_freed_memory()
@@ -840,6 +846,8 @@ def start(argv):
             dry_run(run)
             return
         with held(args.out) if world.rank == 0 else nullcontext():
+            if last_written(args.out) != written:
+                raise UserError(f"another process has just written to {args.out}: start again")
             run.log = Log(run)
             deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
             with stop_signal() as signalled:

@@ -74,7 +74,7 @@ def test_data_may_lie_on_another_disk():
         Path("more.jsonl").write_text('{"text": "two"}\nno JSON')
         with pytest.raises(prepare.UserError):
             prepare.prepare(["more.jsonl"], "data/books", "bytes")
-        assert documents("data/books") == ["one"] and "unfinished" not in os.listdir(other)
+        assert documents("data/books") == ["one"] and ".unfinished" not in os.listdir(other)
 
 
 def test_a_target_that_cannot_be_written_is_found_before_the_work(fails, monkeypatch):
@@ -109,6 +109,34 @@ def test_data_are_not_overwritten_unless_that_is_asked_for(fails):
     assert documents("data/books") == ["books.txt"]
     prepare.main(["books", "--tokenizer", "bytes", "--overwrite"])
     assert documents("data/books") == ["books/a.txt"]
+
+
+@pytest.mark.parametrize("name", ["..", "../corpus", ".", "a/../../corpus"])
+def test_a_name_leads_nowhere_but_into_data(fails, name):
+    Path("corpus").mkdir()
+    Path("corpus/a.txt").write_text("precious")
+    fails(prepare.main, ["nothing.txt", "--name", name], "--name must be the name of a folder in data")
+    with pytest.raises(prepare.UserError):
+        prepare.prepare(["nothing.txt"], "data/../corpus", "bytes")
+    assert Path("corpus/a.txt").read_text() == "precious"
+
+
+def test_a_run_that_another_process_has_meanwhile_written_is_not_overwritten(fails, data, monkeypatch):
+    set_up = train.set_up
+
+    def slow(*args):
+        monkeypatch.setattr(train, "set_up", set_up)
+        run("--max_steps", 2)
+        return set_up(*args)
+
+    monkeypatch.setattr(train, "set_up", slow)
+    fails(train.main, [*QUICK, "--out", "out/text", "--max_steps", "1"], "another process has just written")
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+def test_an_export_does_not_overwrite(fails, checkpoint, data):
+    fails(sample.main, ["--checkpoint", checkpoint, "--export", data], "data/text already exists: choose")
+    prepare.load_meta(data)
 
 
 def test_a_file_with_a_short_name_is_not_passed_over_in_silence(monkeypatch, capsys):
@@ -168,6 +196,23 @@ def test_end_of_text_written_in_a_text_ends_a_document(name, tokenizer):
     assert meta["train"]["documents"] + meta["val"]["documents"] == 2
 
 
+@pytest.mark.parametrize("filler", ["x", "。", "汉字。\n", "<", " "])
+def test_end_of_text_is_never_cut_in_two(monkeypatch, filler):
+    monkeypatch.setattr(prepare, "CHUNK", 40)
+    for n in range(28, 42):
+        Path("a.txt").write_text((filler * 40)[:n] + "<|endoftext|>" + filler * 50)
+        meta = prepare.prepare(["a.txt"], "data/a", "bytes")
+        assert meta["train"]["documents"] + meta["val"]["documents"] == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bpe"])
+def test_a_row_may_have_a_million_spaces(tokenizer):
+    text = "a" + " " * 1_100_000 + "b"
+    Path("a.jsonl").write_text(json.dumps({"text": text}))
+    meta = prepare.prepare(["a.jsonl"], "data/a", tokenizer, 260)
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == len(text)
+
+
 # ------------------------------------------------------------------------------- how a session ends
 
 def test_under_nohup_the_end_of_the_terminal_does_not_end_a_run(data, monkeypatch):
@@ -177,6 +222,22 @@ def test_under_nohup_the_end_of_the_terminal_does_not_end_a_run(data, monkeypatc
         assert run("--max_steps", 4)[1]["step"] == 4
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_sample_acts_like_ctrl_c(checkpoint, monkeypatch, capsys, name):
+    handlers = {name: signal.getsignal(signal.Signals[name]) for name in ("SIGTERM", "SIGHUP")}
+
+    def interrupted(*args, **options):
+        yield ["c", "d"]
+        signal.raise_signal(signal.Signals[name])
+
+    monkeypatch.setattr(sample, "complete", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--num_samples", "2", "--prompt", "ab"])
+    assert stop.value.code == 130 and capsys.readouterr().out.endswith("--- sample 2 ---\nabd\n")
+    for name, handler in handlers.items():
+        signal.signal(signal.Signals[name], handler)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
@@ -288,6 +349,15 @@ def test_a_run_without_an_evaluation_is_sampled_from_its_last_checkpoint(data, m
     run("--max_steps", 9)
     sample.main(["--max_new_tokens", "2"])
     assert f"sampling from {Path('out/text/last.pt')}" in capsys.readouterr().err
+
+
+def test_the_weights_of_a_run_that_diverged_are_refused(fails, model, checkpoint):
+    with torch.no_grad():
+        model.ln_f.bias[3] = torch.nan
+    gpt.save_checkpoint(checkpoint, model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
+    fails(sample.main, ["--checkpoint", checkpoint], "cannot be used: its run diverged")
+    gpt.save_checkpoint(checkpoint, model, {})
+    fails(sample.main, ["--checkpoint", checkpoint], "or it is not from train.py")
 
 
 def test_a_run_can_be_given_by_its_folder(checkpoint, capsys):

@@ -266,7 +266,7 @@ def test_a_url_is_downloaded_prepared_and_not_kept(server):
     prepare.main([f"{server}/books/moby.txt?download=true", "--tokenizer", "bytes"])
     assert documents("data/moby") == ["x" * 1000]
     assert os.listdir("data") == ["moby"]
-    assert "unfinished" not in os.listdir("data/moby")
+    assert ".unfinished" not in os.listdir("data/moby")
 
 
 def test_shakespeare_is_downloaded_from_its_url(server, monkeypatch):

@@ -264,7 +264,7 @@ def test_a_failure_leaves_the_data_that_was_there(fails, data):
     before = tokens_of(data)
     write("text.txt", b"good " * 99_999 + b"\xff")
     fails(main, ["text.txt", "--tokenizer", "bytes", "--overwrite"], "text.txt is not UTF-8 at byte 499,995")
-    assert tokens_of(data) == before and "unfinished" not in os.listdir(data)
+    assert tokens_of(data) == before and ".unfinished" not in os.listdir(data)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -293,6 +293,7 @@ def test_without_the_vocabulary_the_way_out_is_named(fails, monkeypatch, failure
 @pytest.mark.parametrize("name, content, message", [
     ("meta.json", None, "contains no prepared data (no meta.json): run prepare.py, or pass"),
     ("meta.json", b'{"format": 1, "tok', "is damaged, half-written, or from another version"),
+    ("meta.json", b"null", "is damaged, half-written, or from another version"),
     ("meta.json", b"[]", "is damaged, half-written, or from another version"),
     ("meta.json", b"\xff", "is damaged, half-written, or from another version"),
     ("meta.json", b'{"format": 2}', "is damaged, half-written, or from another version"),

@@ -241,7 +241,7 @@ def test_a_checkpoint_that_cannot_be_read_cannot_be_resumed(fails, data, content
 def test_weights_without_an_optimizer_cannot_be_resumed(fails, data):
     run("--max_steps", 2)
     Path("out/text/best.pt").replace("out/text/last.pt")
-    fails(main, RESUME, "cannot be resumed: it has weights, but no optimizer state")
+    fails(main, RESUME, "cannot be resumed: it has weights, but no state of a run")
 
 
 # ------------------------------------------------------------------------------------------------ scale
