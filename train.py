@@ -731,15 +731,18 @@ def draw_curves(out):
         steps = sorted((row["step"], row[name]) for row in rows.values() if name in row)
         return np.array(steps, dtype=float).reshape(-1, 2).T        # null becomes NaN
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    losses.set(title=str(out).replace("$", r"\$"), ylabel="loss in nats per token")
-    rates.set(ylabel="learning rate", xlabel="step")
-    losses.plot(*curve("loss"), alpha=0.5, label="training")
-    losses.errorbar(*curve("val_loss"), curve("val_stderr")[1], marker=".", capsize=3,
-                    label="validation, ± standard error")
-    rates.plot(*curve("lr"))
-    losses.legend()
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    losses.plot(*curve("loss"), color="0.6")
+    losses.errorbar(*curve("val_loss"), curve("val_stderr")[1], color="tab:blue", marker="o", capsize=3)
+    rates.plot(*curve("lr"), color="0.6")
+    rates.set_xlabel("step")
+    for axes, title in ((losses, "loss in nats per token"), (rates, "learning rate")):
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    for name, label, color in (("loss", "training", "0.4"), ("val_loss", "validation", "tab:blue")):
+        losses.annotate(label, curve(name)[:, 0], (8, 4), textcoords="offset points", color=color)
     figure.savefig(Path(out, "curves.png"), dpi=120)
 
 
