@@ -553,7 +553,7 @@ def checked(kind, fits, description):
 
 
 positive_int = checked(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
-positive_float = checked(float, lambda x: 0 < x < 1e9, "a number above 0 and below 10^9")
+positive_float = checked(float, lambda x: 0 < x < 1e99, "a number above 0")
 seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
 
 

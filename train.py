@@ -137,8 +137,8 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     in_blocks = set(model.h.parameters()) if name == "muon" else set()
     for_muon = [p for p in model.parameters() if p.dim() >= 2 and p in in_blocks]
     matrices = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
-    groups = [{"params": matrices, "weight_decay": weight_decay, "lr_scale": 4.0 if for_muon else 1.0},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0, "lr_scale": 1.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     return [adamw, Muon(for_muon, weight_decay, dtype)] if for_muon else [adamw]
 
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
     Without the stretching, as U V^T, the weak directions learn as fast as the strong ones."""
 
     def __init__(self, matrices, weight_decay, dtype):
-        super().__init__(matrices, {"lr": 0, "lr_scale": 1, "weight_decay": weight_decay, "momentum": 0.95})
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = lr * group.get("lr_scale", 1)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in optimizers:

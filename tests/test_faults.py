@@ -80,8 +80,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_line(fails, data, l
     model, _ = run("--max_steps", 2)
     limit_files(300_000)        # weights alone are below it
     fails(main, [*RESUME, "--max_steps", 4],
-          "cannot write out/text (File too large): fix that, or choose another --out; what was saved "
-          "before can be resumed")
+          "cannot write out/text (File too large): fix that, or choose another --out; earlier checkpoints "
+          "can still be resumed")
     last, meta = gpt.load_checkpoint("out/text/last.pt")
     assert meta["step"] == 2 and same_weights(model, last)
     assert not list(Path("out/text").glob("*.tmp"))
@@ -204,7 +204,7 @@ def test_in_float16_the_run_ends_after_20_skipped_steps_in_a_row(fails, data, mo
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0 ** 60))
     fails(main, [*QUICK, "--dtype", "float16", "--max_steps", 50, "--log_interval", 1],
-          "and a gradient of norm nan at learning rate 0.00689 and loss scale 1.09951e+12: return to the "
+          "and a gradient of norm nan at learning rate 0.00689 and loss scale 1.09951e+12: restart from the "
           "last checkpoint with --resume")
     assert [row["loss_scale"] for row in log()] == [2.0 ** (60 - step) for step in range(1, 20)]
 
