@@ -180,7 +180,7 @@ def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, 
         n_train = int(n_tokens * (1 - val_fraction))
         np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
-        (new / "vocabulary.tiktoken").write_text(vocabulary)
+        (new / "vocabulary.tiktoken").write_bytes(vocabulary.encode())
         tokenizer = get_tokenizer(name, vocabulary)
         write_meta(new, {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizer.n_vocab, **{
             split: statistics(new / f"{split}.bin", tokenizer) for split in ("train", "val")}})
@@ -480,13 +480,13 @@ def held(folder):
 
 
 def write_meta(folder, meta):
-    content = json.dumps({**meta, "checksum": checksum(folder, meta)}, indent=2)
+    vocabulary = Path(folder, "vocabulary.tiktoken").read_bytes()
+    content = json.dumps({**meta, "checksum": checksum(meta, vocabulary)}, indent=2)
     Path(folder, "meta.json").write_text(content + "\n", encoding="utf-8")
 
 
-def checksum(folder, meta):
-    """Returns the CRC-32 of meta.json and of the vocabulary."""
-    return zlib.crc32(Path(folder, "vocabulary.tiktoken").read_bytes(), zlib.crc32(json.dumps(meta).encode()))
+def checksum(meta, vocabulary):
+    return zlib.crc32(vocabulary, zlib.crc32(json.dumps(meta).encode()))
 
 
 def load_meta(folder):
@@ -498,8 +498,9 @@ def load_meta(folder):
                         "right folder with --data")
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta.pop("checksum") == checksum(folder, meta) and meta["format"] == FORMAT:
-            return {**meta, "vocabulary": Path(folder, "vocabulary.tiktoken").read_text()}
+        vocabulary = Path(folder, "vocabulary.tiktoken").read_bytes()
+        if meta.pop("checksum") == checksum(meta, vocabulary) and meta["format"] == FORMAT:
+            return {**meta, "vocabulary": vocabulary.decode()}
     raise UserError(f"{folder} is damaged, half-written, or from another version: run prepare.py again")
 
 
@@ -591,6 +592,12 @@ def ending_signals():
     return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
 
 
+def end_like_ctrl_c():
+    """Makes each of these signals act like Ctrl-C, which cleans up."""
+    for number in ending_signals():
+        signal.signal(number, signal.default_int_handler)
+
+
 def in_colour():
     """Whether to use colours (https://no-color.org)."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
@@ -627,8 +634,7 @@ def main(argv=None):
         help="fraction of the tokens, from the end, held out for validation")
     with one_line_errors(UserError, OSError):
         args = parser.parse_args(argv)
-        for number in ending_signals():     # all of these act like Ctrl-C, which cleans up
-            signal.signal(number, signal.default_int_handler)
+        end_like_ctrl_c()
         folder = Path("data", args.name or default_name(args.sources[0]))
         tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
         if args.vocab_size and tokenizer != "bpe":

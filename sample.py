@@ -10,7 +10,6 @@ How the next token is chosen is in gpt.py (GPT.generate and next_token). Left ou
 
 import codecs
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint, out_of_memory
-from prepare import Parser, UserError, checked, ending_signals, get_tokenizer, in_colour, one_line_errors
+from prepare import Parser, UserError, checked, end_like_ctrl_c, get_tokenizer, in_colour, one_line_errors
 from prepare import positive_int, seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
@@ -187,8 +186,7 @@ def main(argv=None):
     advice = "lower --num_samples, or choose a smaller --checkpoint"
     with one_line_errors(UserError, ModelError, OSError), out_of_memory(advice):
         args = parse_args(argv)
-        for number in ending_signals():     # all of these act like Ctrl-C
-            signal.signal(number, signal.default_int_handler)
+        end_like_ctrl_c()
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)

@@ -133,7 +133,7 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     gradient by its running root mean square. So how far a weight moves does not depend on the scale of its
     gradient: at most about the learning rate, in practice about 0.2 of it. Weight decay also shrinks every
     matrix a little at each step, embeddings included, so that weights grow only where it helps. Vectors
-    (biases, LayerNorm weights) do not decay: they are few, and at 0 they would switch a channel off."""
+    (biases, LayerNorm weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
     in_blocks = set(model.h.parameters()) if name == "muon" else set()
     for_muon = [p for p in model.parameters() if p.dim() >= 2 and p in in_blocks]
     matrices = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
