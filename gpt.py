@@ -371,7 +371,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits[:, vocab_size:] = -math.inf                              # padding gets no probability
             log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
             target = torch.arange(len(logits), device=x.device), targets[rows]      # one logit in each row
-            loss -= log_probs[target].sum()
+            loss = loss - log_probs[target].sum()       # not -=, which PyTorch 2.11 compiles wrongly
             if with_gradients:
                 grad_logits = torch.exp(log_probs, out=logits)              # softmax, in their memory
                 grad_logits[target] = torch.expm1(log_probs[target]).to(logits.dtype)       # minus 1

@@ -96,7 +96,8 @@ def print_samples(model, tokenizer, prompt, num_samples, **options):
             texts = [text + new for text, new in zip(texts, added, strict=True)]
     finally:
         print()
-        for i, text in enumerate(texts[1:], start=2):
+        others = texts[1:] if any(text != prompt for text in texts) else []     # nothing if memory ran out
+        for i, text in enumerate(others, start=2):
             print(f"--- sample {i} ---\n{text}")
 
 

@@ -48,7 +48,8 @@ from sample import complete, load_model
 # Defaults for --model nano, for --init, and for all other models, in place of those that --help shows.
 RECIPES = {
     "nano": {"max_steps": 1400, "global_batch_size": 32, "optimizer": "muon", "lr": 7e-3, "warmup": 0.03,
-             "schedule": "trapezoid", "eval_interval": 350, "eval_sequences": 512, "log_interval": 50},
+             "schedule": "trapezoid", "weight_decay": 0.1, "eval_interval": 350, "eval_sequences": 512,
+             "log_interval": 50},
     "fine-tuning": {"epochs": 3.0, "lr": 5e-5}, "other": {"epochs": 20.0},
 }
 
@@ -121,7 +122,7 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
         return peak * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / (total_steps - warmup_steps)         # from 0 to 1
     height = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
-              "trapezoid": min(1.0, (1 - done) / 0.65)}[schedule]       # over the last 65%
+              "trapezoid": min(1.0, (1 - done) / 0.4)}[schedule]        # over the last 40%
     return low + (peak - low) * height
 
 
@@ -150,7 +151,7 @@ class Muon(torch.optim.Optimizer):
     Without the stretching, as U V^T, the weak directions learn as fast as the strong ones."""
 
     def __init__(self, matrices, weight_decay, dtype):
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -658,17 +659,17 @@ class Log:
         self.append(started_at_step=run.state.step, args=vars(run.args), commit=commit(),
                     python=sys.version.split()[0], torch=torch.__version__)
         self.start_clock()
-        self.first = self.last
+        self.started = time.perf_counter()
 
     def start_clock(self):
         self.last = self.run.state.step, time.perf_counter()
 
     def training(self, step, **metrics):
-        now, (last_step, last), (first_step, first) = time.perf_counter(), self.last, self.first
-        rate = (step - last_step) * tokens_per_step(self.run) / (now - last)
-        left = (now - first) / (step - first_step) * (self.run.total_steps - step)
+        now, (last_step, last) = time.perf_counter(), self.last
+        pace = (now - last) / (step - last_step)        # seconds per step, lately
+        rate, left = tokens_per_step(self.run) / pace, pace * (self.run.total_steps - step)
         self.write("epoch {epoch:.2f} | loss {loss:.4f} | lr {lr:.2e} | {tokens_per_second:,.0f} tokens/s | "
-                   f"{duration(left)} left", step, **metrics, tokens_per_second=rate, seconds=now - first)
+                   f"{duration(left)} left", step, **metrics, tokens_per_second=rate, seconds=now - self.started)
         self.last = step, now
 
     def validation(self, step, **metrics):

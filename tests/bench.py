@@ -529,7 +529,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="how often the quickstart is trained")
     parser.add_argument("--output", type=os.path.abspath, help="a file to write the table to")
     args = parser.parse_args()
-    if args.device == "cuda":
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
         groups = {"training": bench_cuda_training, "generation": lambda n: bench_generation(n, "cuda")}
     if unknown := set(args.groups) - set(groups):
         parser.error(f"there is no group {', '.join(unknown)}, only {', '.join(groups)}")

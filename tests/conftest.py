@@ -33,12 +33,15 @@ def provide_gpt2_vocabulary(folder):
         shutil.copy(package / "data" / name, folder / hashlib.sha1(url.encode()).hexdigest())
 
 
-# The tests run on the CPU. Those of a GPU start a process with the environment GPU, which sees it.
-GPU = dict(os.environ) if torch.cuda.is_available() else None
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# The tests run on the CPU. Those of a GPU start a process with the environment GPU, which sees it. Processes
+# that pytest starts import this file again, with the GPU already hidden: they get to know of it from TEST_GPU.
+if "TEST_GPU" not in os.environ:
+    os.environ["TEST_GPU"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if torch.cuda.is_available() else ""
+GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ["TEST_GPU"]} if os.environ["TEST_GPU"] else None
 
 
 def pytest_configure(config):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Where a shell starts the tests in the background, Ctrl-C is ignored, also by all that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tiny models are no faster on several threads, and much slower where other processes use the cores.

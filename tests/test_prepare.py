@@ -183,7 +183,7 @@ def test_only_a_few_batches_are_read_ahead_of_the_encoder():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is in Linux's /proc only")
 def test_memory_does_not_grow_with_the_corpus():
-    script = ("import prepare; prepare.prepare(['a.txt'], 'data/a', 'bytes'); "
+    script = ("import prepare; prepare.prepare(['a.txt'], 'data/a', 'bytes', workers=2); "
               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
     peaks = []
     for megabytes in (10, 60):

@@ -304,7 +304,7 @@ def test_a_flag_comes_before_the_recipe_of_the_model_and_that_before_the_parser(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for argv in ([], ["--model", "nano"]):
         args, _ = train.parse_args(argv)
-        assert args.model == "nano" and args.weight_decay == 1e-4
+        assert args.model == "nano" and args.dropout is None
         assert {name: vars(args)[name] for name in train.RECIPES["nano"]} == train.RECIPES["nano"]
     args, _ = train.parse_args(["--lr", "1e-2", "--optimizer", "adamw"])
     assert (args.lr, args.optimizer, args.global_batch_size) == (1e-2, "adamw", 32)
