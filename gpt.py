@@ -5,14 +5,14 @@
                     training: the logits at t are scored on the token at t + 1 --> loss  <---+
                     sampling: the last logits --softmax, draw--> the next token  <-----------+
 
-B batch (sequences side by side), T time (positions in a sequence), C channels (the width of the vector at
-each position), H attention heads, D head size (H * D = C), V vocabulary size. A token is a number below V,
-made from text by prepare.py. Weights use OpenAI's names: wte and wpe are the token and position embeddings,
-h the blocks, c_attn, c_fc and c_proj linear layers.
+B is the batch size (sequences side by side), T time (positions in a sequence), C channels (the width of the
+vector at each position), H attention heads, D head size (H * D = C), V the vocabulary size. A token is a
+number below V, made from text by prepare.py. Weights have OpenAI's names: wte and wpe are embeddings, tables
+with one learned vector for each token and each position; h are the blocks; c_attn, c_fc and c_proj linear
+layers. Logits are scores, one for each token. A softmax turns them into probabilities.
 
-GELU, attention, cross-entropy and LayerNorm are written out as formulas. By default, the model uses faster
-versions of these four, KERNELS below the banner, which compute the same up to rounding (the tests check
-this). GPT(config, fused=False) runs exactly the lines you read here.
+GELU, attention, cross-entropy and LayerNorm are written out as FORMULAS. By default, a GPT runs faster
+KERNELS instead (below the banner), which agree with them up to rounding, as the tests check.
 Left out: training (train.py), text (prepare.py, sample.py), and architectures newer than GPT-2.
 """
 
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class GPTConfig:
     """The sizes of one model. Raises ModelError if they are inconsistent."""
-    block_size: int = 1024      # the longest sequence it can read, its context
+    block_size: int = 1024      # context length: the longest sequence it can read
     vocab_size: int = 50257     # V, the number of tokens
     n_layer: int = 12           # blocks, one after the other
     n_head: int = 12            # H, attention heads in each block
@@ -75,8 +75,7 @@ def gelu(x):
 
 def attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
-    q is (B, H, T, D). k and v are (B, H, S, D), where S counts cached positions, too; in training S = T. The
-    result has q's shape.
+    q and the result are (B, H, T, D), k and v (B, H, S, D). S includes cached positions; in training S = T.
 
     Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
     on?). The dot product of a query and a key, their score, says how well they match. A softmax turns the
@@ -89,7 +88,7 @@ def attention(q, k, v, dropout):
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
     minus infinity, which the softmax turns into a weight of 0. On the left for 3 positions; on the right for
     1 new position after 3 cached ones (see KVCache). fused_attention, the kernel that runs by default, gets
-    the same mask by is_causal=True.
+    the same mask from is_causal=True.
 
                     key 0  1  2                           key 0  1  2  3
         query 0         .  x  x            query 3            .  .  .  .
@@ -98,17 +97,17 @@ def attention(q, k, v, dropout):
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                         # (B, H, T, D) -> (B, H, T, S)
-    # Query i stands at position i + S - T. Keys above that diagonal are later; all others keep a 0.
+    # Query i is at position i + S - T. Keys after that position get -inf, all others keep 0.
     mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
     weights = (scores + mask).softmax(-1)
     return F.dropout(weights, dropout) @ v                                  # (B, H, T, S) -> (B, H, T, D)
 
 
-def cross_entropy(x, lm_head, targets, vocab_size):
+def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats per token. x is (B, T, C),
-    lm_head (padded V, C), targets (B, T). It computes the logits itself, so that the fast version need not
-    hold all of them."""
-    logits = F.linear(x, lm_head)[..., :vocab_size]                         # (B, T, C) -> (B, T, V)
+    weight, that of lm_head, is (padded V, C), targets (B, T). It computes the logits itself, so that the fast
+    version need not hold all of them."""
+    logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
 
@@ -148,8 +147,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         """x (B, T, C) -> (B, T, C). With a KVCache, x holds the positions after the cached ones."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-                   for part in self.c_attn(x).split(C, dim=2))              # (B, T, C) -> three (B, H, T, D)
+        q, k, v = self.c_attn(x).split(C, dim=2)                            # (B, T, C) -> three (B, T, C)
+        # Each of the H heads takes D of the channels: (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)                                       # T becomes S: cached and new
         y = self.attention(q, k, v, self.dropout if self.training else 0.0)
@@ -208,7 +208,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, formulas) for _ in range(config.n_layer))
         self.ln_f = formulas.LayerNorm(config)
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
-        if config.tied:
+        if config.tied:     # one table to read and to predict with: a logit is the product of x and a row
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
@@ -219,8 +219,8 @@ class GPT(nn.Module):
         loss is about -ln(1 / V) = ln V, 10.8 for GPT-2's vocabulary. If yours is far off, look for a bug."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
+                n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(n_added))
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -254,8 +254,8 @@ class GPT(nn.Module):
         """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times. next_token, below,
         chooses them and explains the options. Before each choice, watch is called with the logits (B, V).
 
-        The model sees at most block_size tokens. Once the caches hold that many, they are emptied, and
-        refilled with the newest half of these tokens at positions 0, 1, and so on."""
+        The model sees at most block_size tokens. When the caches are full, they are cleared, and the newest
+        block_size / 2 tokens are read again, from position 0 on."""
         block_size = self.config.block_size
         unread = context = ids[:, -block_size:]
         caches = [KVCache(self, len(ids)) for _ in self.h]
@@ -276,7 +276,7 @@ class GPT(nn.Module):
 
 class KVCache:
     """The keys and values of one attention layer for all positions read so far. They never change, because no
-    position sees later ones: so each new token costs one position, not the whole sequence again."""
+    position sees later ones. So for a new token, only its own position needs to be computed."""
 
     def __init__(self, model, batch_size):
         config, like = model.config, model.wte.weight
@@ -300,21 +300,21 @@ def next_token(logits, temperature, top_k, top_p, generator):
     https://arxiv.org/abs/1904.09751)."""
     if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
-    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: cannot overflow
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # <= 0: no overflow to inf
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]     # (B, V) -> (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         descending, order = probabilities.sort(dim=-1, descending=True)
-        mass_before = descending.cumsum(-1) - descending                    # total of all likelier tokens
+        mass_before = descending.cumsum(-1) - descending                    # total of likelier tokens
         probabilities = probabilities.scatter(1, order, descending.masked_fill(mass_before >= top_p, 0))
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
 # ================================================================================== plumbing
-# A first reading may stop here: the model is complete. Below: fast kernels, its loss in chunks, checkpoints,
-# Hugging Face's format, devices and dtypes.
+# You can stop here on a first reading: the model is complete. Below: fast kernels, checkpoints, Hugging
+# Face's format, devices and dtypes.
 
 class ModelError(ValueError):
     """A model that cannot be built, loaded or run here. The message says why in one line."""
@@ -347,27 +347,27 @@ def fused_attention(q, k, v, dropout):
 ROWS_AT_ONCE = 1024     # GPT-2's logits then take 100 MB, and a sum over the rows cannot overflow float16
 
 
-def chunked_cross_entropy(x, lm_head, targets, vocab_size):
+def chunked_cross_entropy(x, weight, targets, vocab_size):
     """The same as cross_entropy, but never holds all logits, by far the largest array."""
     with_gradients = torch.is_grad_enabled()        # asked here, as it is always off inside forward
     x, targets = x.flatten(0, 1), targets.flatten()
-    return ChunkedCrossEntropy.apply(x, lm_head, targets, vocab_size, with_gradients) / len(targets)
+    return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, with_gradients) / len(targets)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of -ln(probability of the target) over the rows of x (N, C), a chunk of rows at a time. The
     gradient of a row's logits is softmax(logits) - onehot(target), known as soon as the logits are. So
-    forward also computes the gradients of x and lm_head, and discards the logits. backward only scales them.
+    forward also computes the gradients of x and weight, and discards the logits. backward only scales them.
     """
 
     @staticmethod
-    def forward(ctx, x, lm_head, targets, vocab_size, with_gradients):
+    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
         loss = torch.zeros((), device=x.device)
         if with_gradients:
-            grad_x, grad_lm_head = torch.empty_like(x), torch.zeros_like(lm_head)
+            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, x.shape[0], ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            logits = F.linear(x[rows], lm_head)                             # (rows, C) -> (rows, padded V)
+            logits = F.linear(x[rows], weight)                              # (rows, C) -> (rows, padded V)
             logits[:, vocab_size:] = -math.inf                              # padding gets no probability
             log_probs = F.log_softmax(logits, dim=1, dtype=torch.float32)
             target = torch.arange(len(logits), device=x.device), targets[rows]      # one logit in each row
@@ -375,16 +375,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if with_gradients:
                 grad_logits = torch.exp(log_probs, out=logits)              # softmax, in their memory
                 grad_logits[target] = torch.expm1(log_probs[target]).to(logits.dtype)       # minus 1
-                grad_x[rows] = grad_logits @ lm_head                        # (rows, padded V) -> (rows, C)
-                grad_lm_head += grad_logits.T @ x[rows]                     # -> (padded V, C)
+                grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
+                grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
         if with_gradients:
-            ctx.save_for_backward(grad_x, grad_lm_head)
+            ctx.save_for_backward(grad_x, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_x, grad_lm_head = ctx.saved_tensors
-        return grad_x * grad_loss, grad_lm_head * grad_loss, None, None, None
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss, grad_weight * grad_loss, None, None, None
 
 
 class FusedLayerNorm(LayerNorm):

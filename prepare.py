@@ -4,15 +4,14 @@
     python prepare.py books/ more.txt --name books      text files, with GPT-2's tokenizer
     python prepare.py crawl.jsonl.gz --sample_size 100_000
     python prepare.py shakespeare --tokenizer bpe       downloads the text first, then learns a vocabulary
-    python prepare.py hf:OWNER/NAME                     a dataset on the Hugging Face Hub
 
-A model computes with numbers, so text is cut into pieces called tokens, each with a number. With the
-tokenizer "bytes" each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words. "bpe"
-learns such a vocabulary from the text itself, and writes it to vocabulary.tiktoken.
+A model computes with numbers, so text is split into pieces called tokens, and each token has a number. With
+the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words.
+"bpe" learns such a vocabulary from the text itself and writes it to vocabulary.tiktoken.
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
-each followed by the token <|endoftext|>. The last tenth of the tokens goes to val.bin: never trained on.
-A document is a text file or a row of a table. A literal <|endoftext|> in a text ends a document, too.
+each followed by the token <|endoftext|>. The last tenth of the tokens goes to val.bin and is never trained
+on. A document is a text file or a row of a table. A literal <|endoftext|> in a text also ends a document.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
@@ -48,31 +47,30 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 TOKEN = np.dtype("<u2")         # a token on disk: little-endian uint16
-FORMAT = 3                      # version of the files
 
 
 # --------------------------------------------------------------------------------- tokenizers
 
-# What a word is, for "bpe". Marks (\p{M}) stay with their letters (\p{L}): Hindi, Thai and Tamil write vowels
-# with them. docs/benchmarks.md compares this pattern with others.
+# How "bpe" splits text into words. Marks (\p{M}) stay with their letters (\p{L}), as Hindi, Thai and Tamil
+# write vowels with them. docs/benchmarks.md compares this pattern with others.
 WORD = "|".join([
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one sign: " dog", "(x"
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
     r" ?\p{N}{1,3}",                              # up to three digits
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # other signs, and any newlines after them: "):\n"
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
     r"\s+(?!\S)",                                 # white space, except the last space before a word
     r"\s+",
 ])
 
 
-def learn_vocabulary(word_counts, n_tokens):
+def learn_vocabulary(word_counts, max_tokens):
     """Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). word_counts maps each word
     (a bytes object) to how often it occurs. Returns the list of tokens (bytes objects); a token's number is
     its place in this list.
 
     The first 256 tokens are the single bytes. Then the most frequent pair of neighbours becomes a new token
     and is merged everywhere (ties go to the pair with the lowest numbers), and so on, until there are
-    n_tokens or no pair occurs twice. This is greedy: each merge shortens the text about as much as one merge
-    can. Another set of merges might shorten it more in the end, but there are too many to try.
+    max_tokens or no pair occurs twice. This is greedy: each merge shortens the text about as much as one can.
+    Another set of merges might shorten it more in the end, but there are too many to try.
 
     Text is cut into words first, and no token reaches across words, so "the dog" and "the cat" share "the".
     It also saves time: a word that occurs a million times is merged once."""
@@ -85,18 +83,19 @@ def learn_vocabulary(word_counts, n_tokens):
     heap = [(-count, pair) for pair, count in pair_counts.items()]      # its first entry is the most frequent
     heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
-    while heap and len(tokens) < n_tokens:
-        count, pair = heappop(heap)
+    while heap and len(tokens) < max_tokens:
+        negative, pair = heappop(heap)
+        count = pair_counts[pair]
         # Once counted, a pair can only become rarer, because every new pair contains the new token. So a
-        # count in the heap may be too high, never too low: then put the pair back with its true count.
-        if -count > pair_counts[pair]:
-            heappush(heap, (-pair_counts[pair], pair))
+        # count in the heap may be too high, never too low. If it is, put the pair back with its true count.
+        if -negative > count:
+            heappush(heap, (-count, pair))
             continue
-        if -count < 2:
+        if count < 2:
             break
         new, new_pairs = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in words_with.pop(pair):      # only words that contain the pair need recounting
+        for i in words_with.pop(pair):      # only words that contain it need recounting
             for old_pair in pairwise(words[i]):
                 pair_counts[old_pair] -= counts[i]
             words[i] = merge(words[i], pair, new)
@@ -125,8 +124,8 @@ def tokenizer_parts(name, vocabulary=""):
     """Returns what tiktoken.Encoding(**parts) needs for "gpt2", "bytes" or "bpe". For "bpe", vocabulary is
     text in tiktoken's format: one line per token, with its bytes in base 64 and its number.
 
-    pat_str is the regular expression that cuts text into words. In each word, tokens are merged in the order
-    in which they were learned: mergeable_ranks maps bytes to numbers. special_tokens have no text."""
+    pat_str is the regular expression that splits text into words. In a word, tokens are merged in the order
+    in which they were learned: mergeable_ranks maps bytes to numbers. Merging never makes special_tokens."""
     if name == "gpt2":
         with download_errors(name):
             return tiktoken_ext.openai_public.gpt2()
@@ -140,17 +139,16 @@ def tokenizer_parts(name, vocabulary=""):
 
 @lru_cache(maxsize=1)
 def get_tokenizer(name, vocabulary=""):
-    """Returns a tiktoken.Encoding; tiktoken downloads the vocabulary of "gpt2" once. Raises UserError if that
-    fails."""
+    """Returns a tiktoken.Encoding. Downloads the vocabulary of "gpt2" once, or raises UserError."""
     return tiktoken.Encoding(**tokenizer_parts(name, vocabulary))
 
 
 def encode(tokenizer, pieces):
-    """Encodes pieces, a list of (text, whether the document ends with it), because long files are read in
-    several pieces. Returns the tokens, uint16."""
+    """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether a document ends with
+    it), as a long file arrives in several pieces."""
     tokens = []
     for text, ends_document in pieces:
-        # "all": a literal <|endoftext|> in the text becomes that token, so it ends a document, too.
+        # "all": a literal <|endoftext|> in the text becomes that token: it also ends a document.
         tokens.append(tokenizer.encode_to_numpy(text, allowed_special="all"))
         if ends_document:
             tokens.append(np.array([tokenizer.eot_token], TOKEN))
@@ -182,8 +180,10 @@ def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, 
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
         (new / "vocabulary.tiktoken").write_bytes(vocabulary.encode())
         tokenizer = get_tokenizer(name, vocabulary)
-        write_meta(new, {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizer.n_vocab, **{
-            split: statistics(new / f"{split}.bin", tokenizer) for split in ("train", "val")}})
+        meta = {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizer.n_vocab}
+        for split in ("train", "val"):
+            meta[split] = statistics(new / f"{split}.bin", tokenizer)
+        write_meta(new, meta)
     return load_meta(folder)
 
 
@@ -199,8 +199,8 @@ def load_tokens(folder, split):
 
 
 # ================================================================================== plumbing
-# A first reading may stop here. Below: where text comes from, its formats, the data folder, and what the
-# command lines of all three programs share.
+# You can stop here on a first reading. Below: where text comes from, its formats, the data folder, and what
+# the command lines of all three programs share.
 
 class UserError(ValueError):
     """A user's mistake. The message says in one line what is wrong and how to fix it."""
@@ -444,6 +444,9 @@ def read_row(row, where):
 
 # ---------------------------------------------------------------------------- the data folder
 
+FORMAT = 3      # version of its files
+
+
 @contextmanager
 def new_folder(folder):
     """Yields an empty folder inside this one. At the end, its files move to this one, meta.json last. After
@@ -613,7 +616,9 @@ def duration(seconds):
 def default_name(source):
     """books/ -> books, crawl.jsonl.gz -> crawl, hf:owner/name -> name"""
     name = os.path.basename(os.path.abspath(source.removeprefix("hf:").partition("?")[0]))
-    return regex.sub(r"(\.txt|\.jsonl|\.parquet|\.gz)+$", "", name.replace(":", "-")) or "text"
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name.replace(":", "-") or "text"
 
 
 def main(argv=None):

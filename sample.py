@@ -46,6 +46,7 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=13
 
 
 def encode_prompt(tokenizer, prompt):
+    """Returns the tokens of a prompt. Unlike in prepare.py, <|endoftext|> in it is ordinary text."""
     return tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
 
 
@@ -57,7 +58,7 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
     with torch.inference_mode():
         for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):     # (1, T) -> (T, V)
             yield token, logits.float().softmax(-1)
-    watched = []
+    watched = []        # generate calls watch just before it yields: then this has one entry, (1, V)
     for [token] in model.generate(ids, max_new_tokens, watch=watched.append, **options):
         yield token.item(), watched.pop()[0].softmax(-1)
         if token == eot_token:
@@ -65,7 +66,7 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
 
 
 # ================================================================================== plumbing
-# A first reading may stop here. Below: showing probabilities, loading models, export, flags.
+# You can stop here on a first reading. Below: showing probabilities, loading models, export, flags.
 
 def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
     """Prints a line for each token: its probability and its three likeliest rivals. > marks new ones."""

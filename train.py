@@ -7,14 +7,14 @@
 out/NAME gets last.pt (everything --resume needs), best.pt (weights with the lowest validation loss),
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
-A rank is one of the processes that train together. A step learns from one global batch of sequences. Each
-rank takes an equal part of it, and works through it in micro-batches, as many sequences at a time as fit into
-memory. Then all ranks update their weights identically.
+A rank is one of the processes that train together; `world` is all of them. A step learns from one global
+batch of sequences. Each rank takes an equal part of it and works through that in micro-batches, as many
+sequences at a time as fit into memory. Then all ranks update their weights identically.
 
 last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped, to a new
 file that then replaces it: if the machine dies meanwhile, the previous one is intact. A run that is stopped
 and resumed computes exactly what it would have without the stop (on a CPU, bit for bit): a step depends only
-on the flags, its number and last.pt. Left out: models too large for one GPU.
+on the flags, the data and last.pt. Left out: models too large for one GPU.
 """
 
 import argparse
@@ -45,21 +45,12 @@ from prepare import load_tokens, one_line_errors, positive_float, positive_int, 
 from sample import complete, load_model
 
 
-# Defaults for --model nano, for --init, and for all other models, in place of those that --help shows.
-RECIPES = {
-    "nano": {"max_steps": 1400, "global_batch_size": 32, "optimizer": "muon", "lr": 7e-3, "warmup": 0.03,
-             "schedule": "trapezoid", "weight_decay": 0.1, "eval_interval": 350, "eval_sequences": 512,
-             "log_interval": 50},
-    "fine-tuning": {"epochs": 3.0, "lr": 5e-5}, "other": {"epochs": 20.0},
-}
-
-
 # --------------------------------------------------------------------- the order of the data
 
 class Sequences:
     """Tokens as sequences of block_size + 1, one starting every `stride` tokens. All but the last are inputs,
-    all but the first are targets: at each position, the target is the token that comes next. Position 0 must
-    guess it from one token, position 1 from two, and so on: a sequence is block_size exercises.
+    all but the first are targets: at each position, the target is the token that comes next. Position 0
+    predicts it from one token, position 1 from two, and so on: a sequence is block_size exercises.
 
     A sequence may begin in the middle of a document and contain several. Nothing hides one document from the
     next: the model learns that <|endoftext|> starts something new."""
@@ -112,11 +103,11 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. During the first `warmup` of all steps, say W, it rises
-    from peak / (W + 1) to the peak, because at first gradients are large and change direction quickly. Then
-    it falls, so that smaller and smaller steps let the weights settle, and would reach `low` one step after
-    the last: "linear" in a straight line, "cosine" along half a cosine (Loshchilov and Hutter 2016,
-    https://arxiv.org/abs/1608.03983), "trapezoid" (or warmup-stable-decay) after a while at the peak."""
+    """The learning rate of a step, counted from 0. During the first W steps (a fraction `warmup` of all), it
+    rises from peak / (W + 1) to the peak, because at first gradients are large and change direction quickly.
+    Then it falls, so that smaller and smaller steps let the weights settle, and gets to `low` just after the
+    last step: "linear" in a straight line, "cosine" along half a cosine (Loshchilov and Hutter 2016,
+    https://arxiv.org/abs/1608.03983). "trapezoid" (or warmup-stable-decay) first stays at the peak."""
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
@@ -127,12 +118,13 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon", [AdamW, Muon]: Muon trains the matrices of the blocks, AdamW the rest,
-    of which embeddings get 4 times the learning rate (found by trying).
+    """Returns [AdamW] or, for "muon", [AdamW, Muon]. Muon trains the matrices of the blocks, AdamW the rest.
+    Beside Muon, the other matrices (embeddings, lm_head) learn at 4 times the learning rate: `update` applies
+    this lr_scale, which docs/benchmarks.md compares with others.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. So how far a weight moves does not depend on the scale of its
-    gradient: at most about the learning rate, in practice about 0.2 of it. Weight decay also shrinks every
+    gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every
     matrix a little at each step, embeddings included, so that weights grow only where it helps. Vectors
     (biases, LayerNorm weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
     in_blocks = set(model.h.parameters()) if name == "muon" else set()
@@ -157,15 +149,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}       # matrices of one shape are computed as a batch
+            by_shape = {}       # matrices of one shape form a batch
             for matrix in group["params"]:
                 by_shape.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in by_shape.items():
                 means = torch.stack([self.mean_gradient(matrix, group["momentum"]) for matrix in matrices])
-                if rows == 3 * columns:     # c_attn holds three matrices: queries, keys, values
+                if rows == 3 * columns:     # c_attn stacks three matrices, for queries, keys and values
                     means = means.view(-1, columns, columns)
-                # Entries with a root mean square of 0.2, like AdamW's, so that both can share a learning rate
-                # (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+                # Rows of U V^T (or columns, if there are fewer of them) have length 1. Scale its entries to a
+                # root mean square of 0.2, like AdamW's, so that both can share a learning rate (Liu et al.
+                # 2025, https://arxiv.org/abs/2502.16982).
                 scale = 0.2 * math.sqrt(max(means.shape[1:]))
                 moves = orthogonalize(means, self.dtype).view(-1, rows, columns)
                 for matrix, move in zip(matrices, moves, strict=True):
@@ -198,7 +191,7 @@ def orthogonalize(x, dtype):
 # --------------------------------------------------------------------------------- one step
 
 def backward(model, micro_batches, scaler, autocast):
-    """Sets each weight's .grad to the gradient of the mean loss over all micro-batches and ranks. Returns
+    """Adds to each weight's .grad the gradient of the mean loss over all micro-batches and ranks. Returns
     this rank's mean loss.
 
     With several ranks, model is wrapped in DDP (PyTorch's DistributedDataParallel). At the start it copies
@@ -207,14 +200,14 @@ def backward(model, micro_batches, scaler, autocast):
 
     Autocast runs matmuls in bfloat16 or float16, several times faster. The smallest positive float16 is 6e-8,
     and many gradients are smaller. So the scaler multiplies the loss by a large number, the loss scale, which
-    makes all gradients that much larger. update undoes this."""
+    makes all gradients that much larger. `update` divides them by it again."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
         # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP reads
         # this flag in forward. Without DDP it has no effect.
         model.require_backward_grad_sync = i == len(micro_batches)
         with autocast:
-            loss = model(inputs, targets) / len(micro_batches)          # the mean, as gradients add up
+            loss = model(inputs, targets) / len(micro_batches)          # as backward adds up gradients
         scaler.scale(loss).backward()
         mean_loss += loss.detach()      # not .item(), which would wait for the GPU each time
     return mean_loss.item()
@@ -222,18 +215,18 @@ def backward(model, micro_batches, scaler, autocast):
 
 def update(model, optimizers, scaler, loss, lr, grad_clip):
     """Takes a step of the optimizers, unless the loss or a gradient is not finite: one such step would ruin
-    all weights. (All ranks decide alike: the loss is their mean, and so is the gradient.) Returns the norm of
+    all weights. All ranks decide alike, as loss and gradient are means over all of them. Returns the norm of
     the gradient, and whether the step was taken. A gradient whose norm is above grad_clip is scaled down to
-    it, so that one odd batch cannot do much harm."""
+    it, so that one outlier batch cannot do much damage."""
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)      # divides gradients by the loss scale, and notes any inf or NaN
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in optimizers:
         if finite:
-            optimizer.step()
+            optimizer.step()    # not scaler.step, which looks at the gradients of one optimizer only
         optimizer.zero_grad()
     # If a gradient overflowed float16, grad_norm is inf and the step was skipped (it still counts, and its
     # batch is not repeated). Then this halves the loss scale; after 2,000 good steps, it doubles it.
@@ -246,7 +239,8 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 @torch.no_grad()
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
-    its standard error: how far it would typically be off on other text. Each rank evaluates some of them."""
+    its standard error: how much it would typically vary with other text. Each rank evaluates some of them.
+    During training, count is --eval_sequences; after the last step, it is all of the validation split."""
     chosen = np.arange(count) * len(sequences) // count
     share = chosen[world.rank::world.size]
     total = squares = batches = 0
@@ -254,46 +248,48 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
         indices = share[start:start + batch_size]
         with autocast:
             loss = model(*sequences.read(indices, world.device)).item()
-        total, squares, batches = total + len(indices) * loss, squares + len(indices) * loss ** 2, batches + 1
+        total += len(indices) * loss
+        squares += len(indices) * loss ** 2
+        batches += 1
     total, squares, batches = world.sum(total, squares, batches)
     mean = total / count
+    # A mean of n batches has 1 / n of their variance (here 1 / (n - 1), as it comes from the same batches).
     variance_of_mean = max(0.0, squares / count - mean ** 2) / (batches - 1) if batches > 1 else math.nan
     return mean, math.sqrt(variance_of_mean)
-
-
-def evaluate_and_save(run):
-    """Logs the validation loss of --eval_sequences sequences, and keeps the weights if it is the lowest so
-    far. After the last step, logs that of all validation sequences instead."""
-    save(run, "last.pt")    # evaluation is slow and might be interrupted, so save first
-    run.model.eval()
-    n, options = len(run.val_sequences), (run.args.eval_batch_size, run.autocast, run.world)
-    loss, error = evaluate(run.model, run.val_sequences, min(n, run.args.eval_sequences), *options)
-    if loss < run.state.best_val_loss:
-        run.state.best_val_loss = loss
-        save(run, "best.pt")
-    if run.state.step == run.total_steps:
-        loss, error = evaluate(run.model, run.val_sequences, n, *options)
-    # Bits per byte let models with different tokenizers be compared. One nat is 1 / ln 2 bits.
-    bits_per_byte = loss / math.log(2) * run.data["val"]["tokens"] / max(1, run.data["val"]["bytes"])
-    run.log.validation(run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
-    show_sample_and_curves(run)
-    run.model.train()
-    run.log.start_clock()       # tokens/s counts training only
 
 
 # ---------------------------------------------------------------------------------- the loop
 
 @dataclass
 class State:
-    """The numbers that change during a run. last.pt has them, and weights, optimizers and loss scale."""
+    """The numbers that change during a run. last.pt has these, plus weights, optimizers and loss scale."""
     step: int = 0                       # steps done, including skipped ones
     offset: int = 0                     # sequences read: where the next step begins in the order of training
     skipped: int = 0                    # consecutive steps skipped, because something was not finite
     best_val_loss: float = math.inf     # the lowest so far
 
 
+@dataclass
+class Run:
+    """What set_up prepares for the loop."""
+    args: argparse.Namespace            # the flags
+    data: dict                          # the data folder's meta.json
+    world: "World"                      # all ranks: this one's number, their count, sums over all
+    autocast: object                    # runs matmuls in a faster dtype
+    model: GPT                          # the plain model
+    optimizers: list
+    scaler: torch.amp.GradScaler        # disabled unless float16
+    batches: Batches                    # of training
+    val_sequences: Sequences
+    state: State
+    wrapped_model: object = None        # shares its weights; only training runs it: see World.wrap
+    total_steps: int = 0
+    log: object = None                  # prints lines, and writes log.jsonl
+    saved_at: float = 0.0               # when last.pt was written
+
+
 def train(run, told_to_stop):
-    """The training loop. run holds everything that was set up before: see Run, below."""
+    """The training loop. set_up, below, describes how its parts are made; none of it is needed here."""
     args, world, state = run.args, run.world, run.state
     while True:
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
@@ -320,8 +316,8 @@ def train(run, told_to_stop):
 
 
 # ================================================================================== plumbing
-# A first reading may stop here: the training above is complete. Below: ranks and signals, safeguards, how a
-# run is set up and resumed, its log and curves, its flags.
+# You can stop here on a first reading: the training above is complete. Below: ranks and signals, safeguards,
+# how a run is set up and resumed, its log and curves, its flags.
 
 LARGE = 50_000_000      # from this many tokens on, the default model on a GPU is gpt2-92m
 SKIPS_IN_A_ROW = 20     # float16 steps skipped in a row after which the run ends
@@ -451,25 +447,6 @@ def keep_freed_memory():
 
 # ------------------------------------------------------------------------------------- a run
 
-@dataclass
-class Run:
-    """The parts of a run."""
-    args: argparse.Namespace            # the flags
-    data: dict                          # the data folder's meta.json
-    world: World                        # the ranks
-    autocast: object                    # runs matmuls in a faster dtype
-    model: GPT
-    optimizers: list
-    scaler: torch.amp.GradScaler        # disabled unless float16
-    batches: Batches                    # of training
-    val_sequences: Sequences
-    state: State
-    wrapped_model: object = None        # the same weights as model; only training runs it: see World.wrap
-    total_steps: int = 0
-    log: object = None                  # Log, below
-    saved_at: float = 0.0               # when last.pt was written
-
-
 def set_up(args, world, dtype, saved):
     """Returns the Run that the flags describe, restored from its checkpoint, (model, meta), if there is one.
     Raises UserError if the flags do not fit the data, the checkpoint or the number of ranks."""
@@ -560,6 +537,26 @@ def load_sequences(args, split, stride, vocab_size):
         raise UserError(f"{args.data}/{split}.bin has only {len(tokens):,} tokens and a sequence needs "
                         f"{args.block_size + 1:,}: prepare more text, or lower --block_size")
     return Sequences(tokens, args.block_size, stride, vocab_size)
+
+
+def evaluate_and_save(run):
+    """Logs the validation loss of --eval_sequences sequences, and keeps the weights if it is the lowest so
+    far. After the last step, logs the loss of the whole validation set."""
+    save(run, "last.pt")    # evaluation is slow and might be interrupted, so save first
+    run.model.eval()
+    n, options = len(run.val_sequences), (run.args.batch_size, run.autocast, run.world)
+    loss, error = evaluate(run.model, run.val_sequences, min(n, run.args.eval_sequences), *options)
+    if loss < run.state.best_val_loss:
+        run.state.best_val_loss = loss
+        save(run, "best.pt")
+    if run.state.step == run.total_steps:
+        loss, error = evaluate(run.model, run.val_sequences, n, *options)
+    # Bits per byte let models with different tokenizers be compared. One nat is 1 / ln 2 bits.
+    bits_per_byte = loss / math.log(2) * run.data["val"]["tokens"] / max(1, run.data["val"]["bytes"])
+    run.log.validation(run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
+    show_sample_and_curves(run)
+    run.model.train()
+    run.log.start_clock()       # tokens/s counts training only
 
 
 def save(run, name):
@@ -667,9 +664,10 @@ class Log:
     def training(self, step, **metrics):
         now, (last_step, last) = time.perf_counter(), self.last
         pace = (now - last) / (step - last_step)        # seconds per step, lately
-        rate, left = tokens_per_step(self.run) / pace, pace * (self.run.total_steps - step)
+        left = duration(pace * (self.run.total_steps - step))
         self.write("epoch {epoch:.2f} | loss {loss:.4f} | lr {lr:.2e} | {tokens_per_second:,.0f} tokens/s | "
-                   f"{duration(left)} left", step, **metrics, tokens_per_second=rate, seconds=now - self.started)
+                   f"{left} left", step, **metrics, tokens_per_second=tokens_per_step(self.run) / pace,
+                   seconds=now - self.started)
         self.last = step, now
 
     def validation(self, step, **metrics):
@@ -750,6 +748,15 @@ def draw_curves(out):
 
 # ------------------------------------------------------------------------------------- flags
 
+# Recipes override the defaults that --help shows: for --model nano, for --init, and for all other models.
+RECIPES = {
+    "nano": {"max_steps": 1400, "global_batch_size": 32, "optimizer": "muon", "lr": 7e-3, "warmup": 0.03,
+             "schedule": "trapezoid", "weight_decay": 0.1, "eval_interval": 350, "eval_sequences": 512,
+             "log_interval": 50},
+    "fine-tuning": {"epochs": 3.0, "lr": 5e-5}, "other": {"epochs": 20.0},
+}
+
+
 def make_parser():
     recipes = "; ".join(f"{model}: " + ", ".join(f"{flag} {value}" for flag, value in recipe.items())
                         for model, recipe in RECIPES.items())
@@ -788,7 +795,6 @@ def make_parser():
     add("--eval_interval", type=positive_int, default=2000, help="steps between evaluations")
     add("--eval_sequences", type=positive_int, default=2048,
         help="maximum validation sequences per evaluation; the last one uses all")
-    add("--eval_batch_size", type=positive_int, default=16, help="sequences per batch in evaluation")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
     add("--keep_epochs", type=positive_int, default=4, help="keep a checkpoint every so many epochs")
     add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest that the device has hardware for)")

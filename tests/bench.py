@@ -5,6 +5,7 @@
     python tests/bench.py generation prepare    the rows of these groups
     python tests/bench.py quickstart --seeds 5  the quickstart with five seeds, into docs/quickstart.jsonl
     python tests/bench.py --device cuda         training and generation on a GPU
+    python tests/bench.py --device cuda --nanogpt FOLDER        also nanoGPT, out of a clone of it
     python tests/bench.py --output FILE         also writes the table to a file
 
 Each row is a ratio of medians. Its two sides are measured in turn, each in a process of its own, so that what
@@ -13,6 +14,7 @@ no cache, eager. "Hugging Face" is GPT2LMHeadModel with the same weights, in the
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -148,9 +150,21 @@ def hugging_face(model):
         return GPT2LMHeadModel.from_pretrained(folder)
 
 
+def nanogpt(name):
+    """Returns the model of that name as nanoGPT writes it, and its optimizer."""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(os.environ["NANOGPT"], "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fields = ("block_size", "n_layer", "n_head", "n_embd")
+    sizes = {field: getattr(gpt.MODELS[name], field) for field in fields}
+    model = module.GPT(module.GPTConfig(vocab_size=50304, **sizes)).cuda()
+    return model, model.configure_optimizers(1e-4, 1e-4, (0.9, 0.95), "cuda")
+
+
 def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=False, optimizer="adamw"):
     """Takes steps of AdamW on random tokens, as train.py does or as others do."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")      # as train.py does
     device = torch.device(device)
     model = gpt.GPT(gpt.MODELS[name]).to(device)
     ids = torch.randint(model.config.vocab_size, (batch_size, length + 1), device=device)
@@ -162,6 +176,10 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
         train.keep_freed_memory()
         optimizers = train.make_optimizers(optimizer, model, 1e-4, device, dtype)
         net = train.compiled(model) if compiled else model
+    elif kind == "nanoGPT":
+        model, optimizer = nanogpt(name)
+        whole = torch.compile(model) if compiled else model
+        net = lambda x, y: whole(x, y)[1]                                                       # noqa: E731
     else:
         if kind == "plain":
             net = lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten())             # noqa: E731
@@ -230,7 +248,9 @@ def bench_loading(what, batch_size, length, step_seconds):
 
 
 def bench_cuda_training(repeats):
-    batch_size, length, config = 4, 1024, gpt.MODELS["gpt2"]      # which a T4 has memory for
+    length, config = 1024, gpt.MODELS["gpt2"]
+    large = torch.cuda.get_device_properties(0).total_memory > 40e9
+    batch_size = 12 if large else 4         # a T4 has memory for 4
     parameters = sum(w.numel() for w in product_weights(gpt.GPT(config)))
     flops = 6 * parameters + 12 * config.n_layer * config.n_embd * length       # per token; PaLM, appendix B
     fast = gpt.choose_dtype(None, torch.device("cuda"))
@@ -239,6 +259,7 @@ def bench_cuda_training(repeats):
     fast = str(fast).removeprefix("torch.")
     for kind, dtype, compiled in (
             ("ours", fast, False), ("ours", fast, True), ("ours", "float16", False),
+            *([("nanoGPT", fast, False), ("nanoGPT", fast, True)] if "NANOGPT" in os.environ else []),
             ("Hugging Face", fast, False), ("plain", "float32", False)):
         side = Side(training, kind, "gpt2", batch_size, length, "cuda", getattr(torch, dtype), compiled)
         [rate] = medians(repeats, side)
@@ -525,6 +546,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="group", help="which rows (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--nanogpt", type=os.path.abspath, help="a clone of nanoGPT to measure as well")
     parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
     parser.add_argument("--seeds", type=int, default=1, help="how often the quickstart is trained")
     parser.add_argument("--output", type=os.path.abspath, help="a file to write the table to")
@@ -535,6 +557,8 @@ def main():
         groups = {"training": bench_cuda_training, "generation": lambda n: bench_generation(n, "cuda")}
     if unknown := set(args.groups) - set(groups):
         parser.error(f"there is no group {', '.join(unknown)}, only {', '.join(groups)}")
+    if args.nanogpt:
+        os.environ["NANOGPT"] = args.nanogpt
     multiprocessing.set_start_method("spawn")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

@@ -34,7 +34,7 @@ def provide_gpt2_vocabulary(folder):
 
 
 # The tests run on the CPU. Those of a GPU start a process with the environment GPU, which sees it. Processes
-# that pytest starts import this file again, with the GPU already hidden: they get to know of it from TEST_GPU.
+# that pytest starts import this file again, with the GPU already hidden: TEST_GPU tells them about it.
 if "TEST_GPU" not in os.environ:
     os.environ["TEST_GPU"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if torch.cuda.is_available() else ""
 GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ["TEST_GPU"]} if os.environ["TEST_GPU"] else None

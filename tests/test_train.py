@@ -332,9 +332,9 @@ def test_the_flags_of_the_data_and_of_evaluation_are_heeded(data, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda model, sequences, *args: seen.append(
         (len(sequences), *args[:2], model.training)) or evaluate(model, sequences, *args))
     _, meta = run("--epochs", 1, "--stride", 4, "--batch_size", 50, "--eval_interval", 8,
-                  "--eval_sequences", 6, "--eval_batch_size", 3)
+                  "--eval_sequences", 6)
     assert meta["step"] == 9                    # (1800 - 17) // 4 + 1 = 446 sequences, 50 at a time
-    assert seen[0] == (12, 6, 3, False)         # (200 - 17) // 16 + 1 = 12, without overlap, to choose 6 from
+    assert seen[0] == (12, 6, 50, False)        # (200 - 17) // 16 + 1 = 12, without overlap, to choose 6 from
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -400,7 +400,7 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(data):
 
 
 def test_the_terminal_shows_loss_learning_rate_speed_time_left_and_a_sample(data, capsys):
-    run("--max_steps", 20, "--log_interval", 10, "--eval_batch_size", 4)
+    run("--max_steps", 20, "--log_interval", 10)
     out = capsys.readouterr().out
     assert re.search(r"^step 10/20 \| epoch 0\.36 \| loss \d\.\d{4} \| lr \d\.\d\de-0\d \| "
                      r"[\d,]+ tokens/s \| \d+s left$", out, re.MULTILINE)
