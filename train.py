@@ -750,8 +750,8 @@ def draw_curves(out):
 
 # Recipes override the defaults that --help shows: for --model nano, for --init, and for all other models.
 RECIPES = {
-    "nano": {"max_steps": 1400, "global_batch_size": 32, "optimizer": "muon", "lr": 7e-3, "warmup": 0.03,
-             "schedule": "trapezoid", "weight_decay": 0.1, "eval_interval": 350, "eval_sequences": 512,
+    "nano": {"max_steps": 1600, "global_batch_size": 32, "optimizer": "muon", "lr": 7e-3, "warmup": 0.03,
+             "schedule": "trapezoid", "weight_decay": 0.1, "eval_interval": 400, "eval_sequences": 512,
              "log_interval": 50},
     "fine-tuning": {"epochs": 3.0, "lr": 5e-5}, "other": {"epochs": 20.0},
 }

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -404,10 +405,13 @@ SHAKESPEARE_RECIPE = ["--data", "data/shakespeare", "--block_size", "64", "--bat
 
 
 def run(launcher, out, *flags):
-    """Runs train.py; returns the rows of its log, and its seconds from start to end."""
+    """Runs train.py; returns the rows of its log, and its seconds from start to end. What it printed is in
+    out/printed.txt."""
     started = time.perf_counter()
-    subprocess.run([*launcher, ROOT / "train.py", "--out", out, *flags], check=True, capture_output=True)
+    result = subprocess.run([*launcher, ROOT / "train.py", "--out", out, *flags], check=True,
+                            capture_output=True, text=True)
     seconds = time.perf_counter() - started
+    Path(out, "printed.txt").write_text(result.stdout, encoding="utf-8")
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()], seconds
 
 
@@ -521,8 +525,8 @@ def bench_vocabulary(repeats):
 
 
 def bench_quickstart(seeds):
-    """Trains the quickstart with several seeds. With more than one, writes the evaluations of all of them to
-    docs/quickstart.jsonl, from which the figures in README.md come."""
+    """Trains the quickstart with several seeds. With more than one, writes what README.md shows into docs/:
+    the evaluations of all (quickstart.jsonl), what the first one printed, and its curves."""
     prepare.prepare(["python"], "data/python", "bpe", 2048)
     evaluations, seconds = [], []
     for seed in range(1337, 1337 + seeds):
@@ -531,7 +535,13 @@ def bench_quickstart(seeds):
         evaluations += [{"seed": seed, **row} for row in rows if "val_loss" in row]
     if seeds > 1:
         lines = "".join(json.dumps(row) + "\n" for row in evaluations)
-        Path(ROOT, "docs", "quickstart.jsonl").write_text(lines, encoding="utf-8")
+        docs, first = Path(ROOT, "docs"), Path("quickstart1337")
+        (docs / "quickstart.jsonl").write_text(lines, encoding="utf-8")
+        shutil.copy(first / "curves.png", docs / "quickstart.png")
+        sampled = subprocess.run(
+            [sys.executable, ROOT / "sample.py", "--prompt", "def", "--checkpoint", first], check=True,
+            capture_output=True, text=True)
+        (docs / "quickstart.txt").write_text((first / "printed.txt").read_text() + sampled.stdout)
     last = [row["bits_per_byte"] for row in evaluations if row["step"] == evaluations[-1]["step"]]
     row(f"training of the quickstart, {seeds} seeds: bits per byte", f"{statistics.mean(last):.3f}",
         f"in {prepare.duration(statistics.median(seconds))}", "", "≤ 1.40")
