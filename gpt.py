@@ -468,6 +468,7 @@ def save_pretrained(model, folder):
         tie_word_embeddings=config.tied, bos_token_id=end_of_text, eos_token_id=end_of_text))
     for ours, weight in weight_pairs(model, theirs):
         weight.copy_(ours)      # theirs always has biases; they stay 0 if ours has none
+    theirs.generation_config.max_length = config.block_size     # by default, they would write more
     theirs.save_pretrained(folder)
 
 

@@ -212,7 +212,7 @@ def download_errors(name):
         yield
     except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
         raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
-                        "folder that has it, or use --tokenizer bytes, which needs no download") from error
+                        "folder that has it, or use --tokenizer bpe, which needs no download") from error
 
 
 def choose_tokenizer(name, vocab_size, pieces, val_fraction):
@@ -310,8 +310,8 @@ def find_files(source, folder):
     elif os.path.exists(source):
         files = list(walk(Path(source)))
     else:
-        raise UserError(f"there is no {source}: a SOURCE is a file, a folder, a URL, hf:OWNER/NAME, python, "
-                        f"{' or '.join(NAMED_SOURCES)}")
+        raise UserError(f"there is no {source}: a SOURCE is a file, a folder, a URL, hf:OWNER/NAME, "
+                        f"{', '.join(NAMED_SOURCES)} or python")
     taken = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
     if not taken:
         raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)})")
@@ -497,8 +497,8 @@ def load_meta(folder):
     missing or damaged."""
     path = Path(folder, "meta.json")
     if not path.is_file():
-        raise UserError(f"{folder} contains no prepared data (no meta.json): run prepare.py, or pass the "
-                        "right folder with --data")
+        raise UserError(f"{path.parent.absolute()} contains no prepared data (no meta.json): run prepare.py, "
+                        "or pass the right folder, such as --data data/NAME")
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = Path(folder, "vocabulary.tiktoken").read_bytes()
@@ -523,6 +523,7 @@ def show_tokens(meta, folder):
         end = tokenizer.eot_token
         print("first merges:", *map(repr, pieces(range(256, min(272, end)))))
         print("last merges:", *map(repr, pieces(range(max(256, end - 16), end))))
+    print("the first tokens for validation:")
     split = pieces(load_tokens(folder, "val")[:100])
     if in_colour():
         print("".join(f"\033[{44 + i % 2}m{piece}" for i, piece in enumerate(split)) + "\033[0m")

@@ -1,6 +1,6 @@
 """From weights and a prompt to text: prints each character of the continuation as soon as it is complete.
 
-    python sample.py --prompt "def"                                     uses the newest out/*/best.pt
+    python sample.py --prompt "def"                                     uses the newest run in out/
     python sample.py --prompt_file - --num_samples 3 < question.txt
     python sample.py --prompt "Once upon" --show_probs                  shows likely alternatives
     python sample.py --export FOLDER                                    for Hugging Face's transformers
@@ -166,7 +166,7 @@ def parse_args(argv):
     prompt.add_argument("--prompt_file", help="a file with the prompt, or - for standard input")
     add = parser.add_argument
     add("--checkpoint", help="a file or folder that train.py wrote, a folder with a GPT-2 in Hugging Face's "
-        "format, or its name on their hub, such as gpt2-xl (default: the newest out/*/best.pt)")
+        "format, or its name on their hub, such as gpt2-xl (default: the newest run in out/)")
     add("--show_probs", action="store_true",
         help="print each token on a line, with its probability and its likeliest rivals")
     add("--export", metavar="FOLDER",

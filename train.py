@@ -306,7 +306,7 @@ def train(run, told_to_stop):
         check_finite(run, loss, grad_norm, lr)
         state.step += 1
         state.offset += args.global_batch_size
-        if state.step == 1 or state.step % args.log_interval == 0:
+        if state.step in (1, run.total_steps) or state.step % args.log_interval == 0:
             run.log.training(state.step, epoch=state.offset / len(run.batches.sequences), loss=loss, lr=lr,
                              grad_norm=grad_norm, loss_scale=run.scaler.get_scale())
         save_if_due(run)
@@ -518,7 +518,7 @@ def load_initial(source, data, sizes):
     Raises UserError if it cannot read this data, or the flags ask for other sizes."""
     model, (tokenizer, vocabulary) = load_model(source)
     if (tokenizer, vocabulary) != (data["tokenizer"], data["vocabulary"]):
-        raise UserError(f"{source} uses another tokenizer, {tokenizer}: run prepare.py with --tokenizer "
+        raise UserError(f"{source} uses another vocabulary: run prepare.py with --tokenizer "
                         f"{'and the data folder it was trained on' if vocabulary else tokenizer}")
     longest = model.config.block_size
     if sizes.keys() - {"dropout", "block_size"} or sizes.get("block_size", 0) > longest:
@@ -783,7 +783,7 @@ def make_parser():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
     length.add_argument("--max_steps", type=positive_int, help="steps to take")
-    length.add_argument("--minutes", type=positive_float, help="take as many steps as fit into this time")
+    length.add_argument("--minutes", type=positive_float, help="plan the whole run for this time")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more per step, but costs more time when batches are small")
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
@@ -803,7 +803,7 @@ def make_parser():
     add("--dry_run", action="store_true", help="estimate time and memory; write nothing")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     add("--seed", type=seed_int, default=1337, help="for initial weights, data order and dropout")
-    add("--max_minutes", type=positive_float, help="stop cleanly after so long, as with Ctrl-C")
+    add("--max_minutes", type=positive_float, help="interrupt the run after this time, as with Ctrl-C")
     return parser
 
 
@@ -821,6 +821,7 @@ def parse_args(argv):
             raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run")
         defaults = {**saved[1]["args"], "device": None, "dry_run": False}
     elif last.exists() and not given.dry_run:
+        load_meta(given.data)       # a mistake in --data is reported first
         raise UserError(f"{last} is from an earlier run: add --resume, or choose another --out")
     elif given.init:
         defaults = RECIPES["fine-tuning"]

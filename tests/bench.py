@@ -169,7 +169,7 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     device = torch.device(device)
     model = gpt.GPT(gpt.MODELS[name]).to(device)
     ids = torch.randint(model.config.vocab_size, (batch_size, length + 1), device=device)
-    inputs, targets = ids[:, :-1], ids[:, 1:]
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     dtype = torch.float32 if kind == "plain" else dtype or choose_dtype(None, device)
     context = mixed_precision(device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -64,6 +64,13 @@ def test_an_exported_checkpoint_speaks_in_a_pipeline_as_it_does_here(gpt2, capsy
     assert theirs[0]["generated_text"] == "The sea" + "".join(added for [added] in parts)
 
 
+def test_a_pipeline_stops_where_the_context_of_an_exported_model_ends(model):
+    from transformers import pipeline
+    sample.export(model, ("bytes", ""), "folder")
+    text = pipeline("text-generation", "folder")("The sea", do_sample=False)[0]["generated_text"]
+    assert text.startswith("The sea") and len(text) <= model.config.block_size
+
+
 @pytest.mark.parametrize("name", gpt.MODELS)
 def test_each_model_continues_in_transformers_as_it_does_here(name):
     from dataclasses import replace
@@ -174,7 +181,7 @@ def test_the_recipe_of_fine_tuning_is_gentle(data):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["gpt2.pt"], "gpt2.pt uses another tokenizer, gpt2: run prepare.py with --tokenizer gpt2"),
+    (["gpt2.pt"], "gpt2.pt uses another vocabulary: run prepare.py with --tokenizer gpt2"),
     (["first.pt", "--n_layer", "3"], "--init brings its own sizes: leave out --n_layer"),
     (["first.pt", "--block_size", "17"], "--n_embd and a --block_size above 16"),
     (["first.pt", "--model", "nano"], "argument --model: not allowed with argument --init"),

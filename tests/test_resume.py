@@ -219,6 +219,7 @@ def test_other_data_are_refused(fails, data, text):
 def test_an_earlier_run_is_not_overwritten(fails, data):
     model, _ = run("--max_steps", 2)
     fails(main, QUICK, "last.pt is from an earlier run: add --resume, or choose another --out")
+    fails(main, [*QUICK, "--data", "text", "--out", "out/text"], "/text contains no prepared data")
     assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
 
 

@@ -536,6 +536,7 @@ def test_compiled_training_is_the_same_training(data):
     (["--device", "cuda:99"], "there is no device cuda:99 here"),
     (["--device", "warp"], "there is no device warp here"),
     (["--data", "data/none"], "data/none contains no prepared data (no meta.json): run prepare.py, or pass"),
+    (["--data", "none"], "/none contains no prepared data (no meta.json): run prepare.py, or pass"),
     (["--block_size", "1000"], "data/text/val.bin has only 200 tokens and a sequence needs 1,001: prepare")])
 def test_a_mistake_is_reported_in_one_line(fails, data, flags, says):
     fails(main, [*QUICK, "--out", "out/none", *flags], says)
