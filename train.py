@@ -124,14 +124,15 @@ def make_optimizers(name, model, weight_decay, device, dtype):
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. So how far a weight moves does not depend on the scale of its
-    gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every
-    matrix a little at each step, embeddings included, so that weights grow only where it helps. Vectors
-    (biases, LayerNorm weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
+    gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every matrix a little at
+    each step, embeddings included, so that weights grow only where it helps. Vectors (biases, LayerNorm
+    weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
     in_blocks = set(model.h.parameters()) if name == "muon" else set()
+    vectors = [p for p in model.parameters() if p.dim() < 2]
     for_muon = [p for p in model.parameters() if p.dim() >= 2 and p in in_blocks]
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
-    groups = [{"params": matrices, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    others = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
+    groups = [{"params": others, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
+              {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     return [adamw, Muon(for_muon, weight_decay, dtype)] if for_muon else [adamw]
 

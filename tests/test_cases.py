@@ -379,7 +379,7 @@ def test_ctrl_c_shows_what_there_is_of_each_sample(checkpoint, monkeypatch, caps
 def test_data_that_were_moved_are_found_with_a_flag(fails, data):
     run("--max_steps", 1)
     Path(data).rename("data/moved")
-    fails(train.main, RESUME, "or pass the right folder with --data")
+    fails(train.main, RESUME, "or pass the right folder, such as --data data/NAME")
     train.main([*RESUME, "--data", "data/moved", "--max_steps", "2"])
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 

@@ -162,7 +162,7 @@ def test_another_global_batch_size_continues_where_the_old_one_ended(data, monke
     offsets.clear()
     main([*RESUME, "--global_batch_size", "4", "--max_steps", "11"])
     assert offsets == list(range(120, 128))
-    assert log()[-2]["step"] == 10 and log()[-2]["epoch"] == pytest.approx(124 / 112)
+    assert log()[-2]["step"] == 11 and log()[-2]["epoch"] == pytest.approx(128 / 112)
 
 
 def test_a_run_that_is_done_says_so(data, capsys):
