@@ -373,7 +373,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target = torch.arange(len(logits), device=x.device), targets[rows]      # one logit in each row
             loss = loss - log_probs[target].sum()       # not -=, which PyTorch 2.11 compiles wrongly
             if with_gradients:
-                grad_logits = torch.exp(log_probs, out=logits)              # softmax, in their memory
+                with torch.no_grad():       # always so, but PyTorch 2.4 does not know it when it compiles
+                    grad_logits = torch.exp(log_probs, out=logits)          # softmax, in their memory
                 grad_logits[target] = torch.expm1(log_probs[target]).to(logits.dtype)       # minus 1
                 grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
                 grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
