@@ -7,12 +7,12 @@
 
 B is the batch size (sequences side by side), T time (positions in a sequence), C channels (the width of the
 vector at each position), H attention heads, D head size (H * D = C), V the vocabulary size. A token is a
-number below V, made from text by prepare.py. Weights have OpenAI's names: wte and wpe are embeddings, tables
-with one learned vector for each token and each position; h are the blocks; c_attn, c_fc and c_proj linear
-layers. Logits are scores, one for each token. A softmax turns them into probabilities.
+number below V, made from text by prepare.py. Parameters are named as in OpenAI's release: wte and wpe are
+embeddings, tables with one learned vector for each token and each position; h are the blocks; c_attn, c_fc
+and c_proj linear layers. Logits are scores, one for each token. A softmax turns them into probabilities.
 
 GELU, attention, cross-entropy and LayerNorm are written out as FORMULAS. By default, a GPT runs faster
-KERNELS instead (below the banner), which agree with them up to rounding, as the tests check.
+KERNELS instead (below the banner), which agree up to rounding, as the tests check: same mask, same loss.
 Left out: training (train.py), text (prepare.py, sample.py), and architectures newer than GPT-2.
 """
 
@@ -106,7 +106,7 @@ def attention(q, k, v, dropout):
 def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats per token. x is (B, T, C),
     weight, that of lm_head, is (padded V, C), targets (B, T). It computes the logits itself, so that the fast
-    version need not hold all of them."""
+    version never has to hold all of them."""
     logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
@@ -257,7 +257,7 @@ class GPT(nn.Module):
         The model sees at most block_size tokens. When the caches are full, they are cleared, and the newest
         block_size / 2 tokens are read again, from position 0 on."""
         block_size = self.config.block_size
-        unread = context = ids[:, -block_size:]
+        unread = context = ids[:, -block_size:]     # all tokens that it may see; those not in the caches yet
         caches = [KVCache(self, len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
@@ -294,7 +294,7 @@ class KVCache:
 
 def next_token(logits, temperature, top_k, top_p, generator):
     """Draws a token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature). A temperature
-    below 1 sharpens the distribution, above 1 flattens it; 0 always takes the likeliest token (greedy).
+    below 1 sharpens the distribution, above 1 flattens it; at 0, it is always the likeliest token (greedy).
     top_k keeps only the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), top_p then
     the fewest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019,
     https://arxiv.org/abs/1904.09751)."""

@@ -69,7 +69,7 @@ def learn_vocabulary(word_counts, max_tokens):
 
     The first 256 tokens are the single bytes. Then the most frequent pair of neighbours becomes a new token
     and is merged everywhere (ties go to the pair with the lowest numbers), and so on, until there are
-    max_tokens or no pair occurs twice. This is greedy: each merge shortens the text about as much as one can.
+    max_tokens or no pair occurs twice. This is greedy: each merge is the one that shortens the text most now.
     Another set of merges might shorten it more in the end, but there are too many to try.
 
     Text is cut into words first, and no token reaches across words, so "the dog" and "the cat" share "the".
@@ -95,7 +95,7 @@ def learn_vocabulary(word_counts, max_tokens):
             break
         new, new_pairs = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in words_with.pop(pair):      # only words that contain it need recounting
+        for i in words_with.pop(pair):      # words that contain it, or once did: merge leaves those alone
             for old_pair in pairwise(words[i]):
                 pair_counts[old_pair] -= counts[i]
             words[i] = merge(words[i], pair, new)

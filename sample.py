@@ -5,7 +5,7 @@
     python sample.py --prompt "Once upon" --show_probs                  shows likely alternatives
     python sample.py --export FOLDER                                    for Hugging Face's transformers
 
-How the next token is chosen is in gpt.py (GPT.generate and next_token). Left out: chat.
+How the next token is chosen is in gpt.py (GPT.generate and next_token). No chat mode.
 """
 
 import codecs
@@ -58,7 +58,7 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
     with torch.inference_mode():
         for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):     # (1, T) -> (T, V)
             yield token, logits.float().softmax(-1)
-    watched = []        # generate calls watch just before it yields: then this has one entry, (1, V)
+    watched = []        # just before it yields a token, generate passes its logits (1, V) to watch
     for [token] in model.generate(ids, max_new_tokens, watch=watched.append, **options):
         yield token.item(), watched.pop()[0].softmax(-1)
         if token == eot_token:

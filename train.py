@@ -50,7 +50,7 @@ from sample import complete, load_model
 class Sequences:
     """Tokens as sequences of block_size + 1, one starting every `stride` tokens. All but the last are inputs,
     all but the first are targets: at each position, the target is the token that comes next. Position 0
-    predicts it from one token, position 1 from two, and so on: a sequence is block_size exercises.
+    predicts it from one token, position 1 from two, and so on: block_size examples in one sequence.
 
     A sequence may begin in the middle of a document and contain several. Nothing hides one document from the
     next: the model learns that <|endoftext|> starts something new."""
@@ -80,12 +80,12 @@ def epoch_order(n, seed, epoch):
 
 
 class Batches:
-    """Imagine the shuffled orders of all epochs laid end to end in one long row. Each step takes the next
-    global_batch_size sequences of it: rank 0 the first part, rank 1 the next, and so on. batches(offset) is
-    this rank's part of the global batch that begins at that offset of the row: a list of micro-batches
-    (inputs, targets), all of the same size, the largest that batch_size allows. So for a given global batch
-    size (nano's is 32; by default it is batch_size times the number of ranks), what a step reads does not
-    depend on how many ranks or micro-batches share the work."""
+    """Imagine the shuffled orders of all epochs in one long list. Each step takes the next global_batch_size
+    sequences of it: rank 0 the first part, rank 1 the next, and so on. batches(offset) is this rank's part of
+    the global batch that begins at that offset of the list: micro-batches (inputs, targets), all of the same
+    size, the largest that batch_size allows. So what a step reads depends only on global_batch_size, not on
+    how many ranks or micro-batches share the work. (For nano it is 32. For other models it is batch_size
+    times the number of ranks by default; a resumed run keeps it.)"""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -119,22 +119,24 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 def make_optimizers(name, model, weight_decay, device, dtype):
     """Returns [AdamW] or, for "muon", [AdamW, Muon]. Muon trains the matrices of the blocks, AdamW the rest.
-    Beside Muon, the other matrices (embeddings, lm_head) learn at 4 times the learning rate: `update` applies
-    this lr_scale, which docs/benchmarks.md compares with others.
+    Beside Muon, the other matrices (embeddings, lm_head) learn and decay 4 times as fast: `update` multiplies
+    their learning rate by lr_scale. docs/benchmarks.md compares other values.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. So how far a weight moves does not depend on the scale of its
-    gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every matrix a little at
-    each step, embeddings included, so that weights grow only where it helps. Vectors (biases, LayerNorm
+    gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every matrix by the fraction
+    lr * weight_decay at each step, so that weights grow only where it helps. Vectors (biases, LayerNorm
     weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
-    in_blocks = set(model.h.parameters()) if name == "muon" else set()
+    blocks = dict(model.h.named_parameters()) if name == "muon" else {}
+    c_attn = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]        # Q, K and V in one
+    for_muon = [p for name, p in blocks.items() if p.dim() >= 2 and not name.endswith("c_attn.weight")]
+    others = [p for p in model.parameters() if p.dim() >= 2 and p not in set(blocks.values())]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    for_muon = [p for p in model.parameters() if p.dim() >= 2 and p in in_blocks]
-    others = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
-    groups = [{"params": others, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
+    groups = [{"params": others, "weight_decay": weight_decay, "lr_scale": 4 if blocks else 1},
               {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    return [adamw, Muon(for_muon, weight_decay, dtype)] if for_muon else [adamw]
+    groups = [{"params": c_attn, "parts": 3}, {"params": for_muon, "parts": 1}]
+    return [adamw, Muon(groups, weight_decay, dtype)] if blocks else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -143,8 +145,8 @@ class Muon(torch.optim.Optimizer):
     another rotation: U S V^T. A gradient stretches a few directions most, and they would dominate the step.
     Without the stretching, as U V^T, the weak directions learn as fast as the strong ones."""
 
-    def __init__(self, matrices, weight_decay, dtype):
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
+    def __init__(self, groups, weight_decay, dtype):
+        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -155,11 +157,9 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in by_shape.items():
                 means = torch.stack([self.mean_gradient(matrix, group["momentum"]) for matrix in matrices])
-                if rows == 3 * columns:     # c_attn stacks three matrices, for queries, keys and values
-                    means = means.view(-1, columns, columns)
-                # Rows of U V^T (or columns, if there are fewer of them) have length 1. Scale its entries to a
-                # root mean square of 0.2, like AdamW's, so that both can share a learning rate (Liu et al.
-                # 2025, https://arxiv.org/abs/2502.16982).
+                means = means.view(-1, rows // group["parts"], columns)
+                # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scale that to
+                # 0.2, as AdamW's have (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
                 scale = 0.2 * math.sqrt(max(means.shape[1:]))
                 moves = orthogonalize(means, self.dtype).view(-1, rows, columns)
                 for matrix, move in zip(matrices, moves, strict=True):
@@ -178,8 +178,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x, dtype):
     """x (N, rows, columns) -> for each matrix U S V^T about U V^T, without a slow decomposition. Multiplying
     changes only S: x x^T x = U S^3 V^T. So a x + b x x^T x + c x x^T x x^T x turns each stretching s into
-    a s + b s^3 + c s^5. With the a, b and c below, which Jordan et al. found, five rounds bring every s from
-    about 0.01 to 1 to between 0.7 and 1.2: close enough to 1."""
+    a s + b s^3 + c s^5. With a = 3.4445, b = -4.7750 and c = 2.0315, by Jordan et al., five rounds bring
+    every s from about 0.01 to 1 to between 0.7 and 1.2: close enough to 1."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, dtype).mT        # x x^T is smaller this way round
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # now every s is at most 1
@@ -192,12 +192,12 @@ def orthogonalize(x, dtype):
 # --------------------------------------------------------------------------------- one step
 
 def backward(model, micro_batches, scaler, autocast):
-    """Adds to each weight's .grad the gradient of the mean loss over all micro-batches and ranks. Returns
-    this rank's mean loss.
+    """Accumulates in .grad the gradient of the loss, averaged over all micro-batches and ranks. Returns this
+    rank's mean loss.
 
     With several ranks, model is wrapped in DDP (PyTorch's DistributedDataParallel). At the start it copies
-    the weights of rank 0 to all ranks; in each backward pass it averages their gradients. From then on, the
-    same weights and the same gradient give the same weights again.
+    the weights of rank 0 to all ranks; in each backward pass it averages their gradients. So all ranks have
+    identical weights, get identical gradients, and stay identical.
 
     Autocast runs matmuls in bfloat16 or float16, several times faster. The smallest positive float16 is 6e-8,
     and many gradients are smaller. So the scaler multiplies the loss by a large number, the loss scale, which
@@ -216,8 +216,8 @@ def backward(model, micro_batches, scaler, autocast):
 
 def update(model, optimizers, scaler, loss, lr, grad_clip):
     """Takes a step of the optimizers, unless the loss or a gradient is not finite: one such step would ruin
-    all weights. All ranks decide alike, as loss and gradient are means over all of them. Returns the norm of
-    the gradient, and whether the step was taken. A gradient whose norm is above grad_clip is scaled down to
+    all weights. All ranks see the same averages of both, so they decide alike. Returns the norm of the
+    gradient, and whether the step was taken. A gradient whose norm is above grad_clip is scaled down to
     it, so that one outlier batch cannot do much damage."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)      # divides gradients by the loss scale, and notes any inf or NaN
@@ -229,8 +229,9 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
         if finite:
             optimizer.step()    # not scaler.step, which looks at the gradients of one optimizer only
         optimizer.zero_grad()
-    # If a gradient overflowed float16, grad_norm is inf and the step was skipped (it still counts, and its
-    # batch is not repeated). Then this halves the loss scale; after 2,000 good steps, it doubles it.
+    # Float16 only: if a gradient overflowed (grad_norm is inf), this halves the loss scale. After 2,000 good
+    # steps in a row, it doubles it. A skipped step counts, and its batch is not repeated. In other dtypes,
+    # check_finite ends the run at the first skip.
     scaler.update()
     return grad_norm, finite
 
@@ -254,7 +255,7 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
         batches += 1
     total, squares, batches = world.sum(total, squares, batches)
     mean = total / count
-    # A mean of n batches has 1 / n of their variance (here 1 / (n - 1), as it comes from the same batches).
+    # A mean of n batches has 1 / n of their variance; 1 / (n - 1), as that is estimated from the same n.
     variance_of_mean = max(0.0, squares / count - mean ** 2) / (batches - 1) if batches > 1 else math.nan
     return mean, math.sqrt(variance_of_mean)
 
@@ -283,14 +284,14 @@ class Run:
     batches: Batches                    # of training
     val_sequences: Sequences
     state: State
-    wrapped_model: object = None        # shares its weights; only training runs it: see World.wrap
+    wrapped_model: object = None        # what backward runs: model, or model in DDP, or compiled
     total_steps: int = 0
     log: object = None                  # prints lines, and writes log.jsonl
     saved_at: float = 0.0               # when last.pt was written
 
 
 def train(run, told_to_stop):
-    """The training loop. set_up, below, describes how its parts are made; none of it is needed here."""
+    """The training loop. set_up, below, builds the Run; you do not need it to follow the loop."""
     args, world, state = run.args, run.world, run.state
     while True:
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
@@ -300,7 +301,7 @@ def train(run, told_to_stop):
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
-        # One exchange between ranks: their mean loss, and whether any of them has to stop.
+        # One all-reduce over the ranks: their mean loss, and whether any of them has to stop.
         loss, stop = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         state.skipped = 0 if taken else state.skipped + 1

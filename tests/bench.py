@@ -541,7 +541,8 @@ def bench_quickstart(seeds):
         sampled = subprocess.run(
             [sys.executable, ROOT / "sample.py", "--prompt", "def", "--checkpoint", first], check=True,
             capture_output=True, text=True)
-        (docs / "quickstart.txt").write_text((first / "printed.txt").read_text() + sampled.stdout)
+        printed = (first / "printed.txt").read_text().replace(str(first), "out/python")
+        (docs / "quickstart.txt").write_text(printed + sampled.stdout, encoding="utf-8")
     last = [row["bits_per_byte"] for row in evaluations if row["step"] == evaluations[-1]["step"]]
     row(f"training of the quickstart, {seeds} seeds: bits per byte", f"{statistics.mean(last):.3f}",
         f"in {prepare.duration(statistics.median(seconds))}", "", "≤ 1.40")

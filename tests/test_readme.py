@@ -80,6 +80,14 @@ def test_the_figures_of_the_quickstart_are_those_that_bench_py_measured():
         assert f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}" in README
 
 
+def test_what_the_readme_shows_is_what_the_quickstart_printed():
+    printed = (ROOT / "docs" / "quickstart.txt").read_text(encoding="utf-8")
+    [samples] = re.findall(r"^```\n(after .*?)^```", README, re.MULTILINE | re.DOTALL)
+    [output] = re.findall(r"^```\ndata/python.*?\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for line in re.sub(r"^(after .* steps)?", "", samples + output, flags=re.MULTILINE).splitlines():
+        assert line == "..." or line.strip() in printed
+
+
 def test_the_readme_counts_its_lines_right():
     halves = [re.split(r"^# =+ plumbing$", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
               for name in ("gpt.py", "prepare.py", "sample.py", "train.py")]

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,14 @@ def test_a_step_of_muon_moves_matrices_in_blocks_by_their_orthogonal_momentum_an
             assert torch.allclose(p, start, atol=1e-6), name
         else:
             assert torch.equal(p, other), name
+
+
+def test_muon_takes_c_attn_apart_and_no_other_matrix_of_its_shape(tiny):
+    model = gpt.GPT(replace(tiny, mlp_ratio=3))
+    _, muon = train.make_optimizers("muon", model, 0.1, CPU, torch.float32)
+    parts = {id(p): group["parts"] for group in muon.param_groups for p in group["params"]}
+    assert model.h[0].attn.c_attn.weight.shape == model.h[0].mlp.c_fc.weight.shape
+    assert (parts[id(model.h[0].attn.c_attn.weight)], parts[id(model.h[0].mlp.c_fc.weight)]) == (3, 1)
 
 
 def test_the_momentum_of_muon_is_a_running_mean_with_nesterovs_look_ahead(tiny):
