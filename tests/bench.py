@@ -57,6 +57,7 @@ class Side:
         self.process = multiprocessing.Process(target=serve, args=(other, make, args), daemon=True)
         self.process.start()
         other.close()
+        self.connection.recv()      # until it has warmed up, so that no other side is measured meanwhile
 
     def __call__(self):
         self.connection.send(True)
@@ -67,6 +68,7 @@ class Side:
 def serve(connection, make, args):
     work = make(*args)
     work()                                      # what is slow only once is not measured
+    connection.send(True)
     while connection.recv():
         started = time.perf_counter()
         amount = work()
