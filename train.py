@@ -128,9 +128,10 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     lr * weight_decay at each step, so that weights grow only where it helps. Vectors (biases, LayerNorm
     weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
     blocks = dict(model.h.named_parameters()) if name == "muon" else {}
-    c_attn = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]        # Q, K and V in one
-    for_muon = [p for name, p in blocks.items() if p.dim() >= 2 and not name.endswith("c_attn.weight")]
-    others = [p for p in model.parameters() if p.dim() >= 2 and p not in set(blocks.values())]
+    in_blocks = set(blocks.values())
+    c_attn = [p for path, p in blocks.items() if path.endswith("c_attn.weight")]        # Q, K and V in one
+    for_muon = [p for path, p in blocks.items() if p.dim() >= 2 and not path.endswith("c_attn.weight")]
+    others = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": others, "weight_decay": weight_decay, "lr_scale": 4 if blocks else 1},
               {"params": vectors, "weight_decay": 0.0}]
@@ -410,8 +411,9 @@ def stop_signal():
         yield lambda: bool(received)
     finally:
         # With several ranks, torchrun's SIGTERM must not interrupt the report that `record` writes for it.
-        for number, handler in handlers.items() if os.environ.get("WORLD_SIZE", "1") == "1" else ():
-            signal.signal(number, handler)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------- safeguards

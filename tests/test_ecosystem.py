@@ -71,8 +71,8 @@ def test_a_pipeline_stops_where_the_context_of_an_exported_model_ends(model):
     assert text.startswith("The sea") and len(text) <= model.config.block_size
 
 
-@pytest.mark.parametrize("name", ["nano", "gpt2-92m", "gpt2-xl"])        # tied and untied, shallow and deep
-def test_each_kind_of_model_continues_in_transformers_as_it_does_here(name):
+@pytest.mark.parametrize("name", gpt.MODELS)
+def test_each_model_continues_in_transformers_as_it_does_here(name):
     from dataclasses import replace
     from transformers import GPT2LMHeadModel
     torch.manual_seed(0)
