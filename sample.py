@@ -9,6 +9,7 @@ How the next token is chosen is in gpt.py (GPT.generate and next_token). No chat
 """
 
 import codecs
+import io
 import os
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint, out_of_memory
 from prepare import Parser, UserError, checked, end_like_ctrl_c, get_tokenizer, in_colour, one_line_errors
-from prepare import positive_int, seed_int, token_text, tokenizer_parts, vocabulary_text
+from prepare import positive_int, read_text, seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
@@ -47,7 +48,8 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=13
 
 def encode_prompt(tokenizer, prompt):
     """Returns the tokens of a prompt. Unlike in prepare.py, <|endoftext|> in it is ordinary text."""
-    return tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    pieces = read_text(io.StringIO(prompt), "the prompt")       # tiktoken fails on a million spaces
+    return [token for text, _ in pieces for token in tokenizer.encode_ordinary(text)] or [tokenizer.eot_token]
 
 
 def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
@@ -205,7 +207,7 @@ def main(argv=None):
             print(f"wrote {args.export}")
             return
         tokenizer = get_tokenizer(*tokenizer)
-        length, block_size = len(tokenizer.encode_ordinary(prompt)), model.config.block_size
+        length, block_size = len(encode_prompt(tokenizer, prompt)), model.config.block_size
         if length > block_size:
             print(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}",
                   file=sys.stderr)

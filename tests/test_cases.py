@@ -213,6 +213,11 @@ def test_a_row_may_have_a_million_spaces(tokenizer):
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == len(text)
 
 
+def test_a_prompt_may_have_a_million_spaces():
+    tokenizer = prepare.get_tokenizer("gpt2")
+    assert tokenizer.decode(sample.encode_prompt(tokenizer, " " * 1_100_000 + "b")) == " " * 1_100_000 + "b"
+
+
 # ------------------------------------------------------------------------------- how a session ends
 
 def test_under_nohup_the_end_of_the_terminal_does_not_end_a_run(data, monkeypatch):
