@@ -50,7 +50,7 @@ PEAK = "\ntrain.World.close = lambda world: print(train.peak_memory(world.device
 def test_the_memory_it_foretells_is_that_of_the_run(data):
     # Of processes of their own, as it is a process's peak.
     flags = ["--data", data, "--n_layer", 2, "--n_embd", 512, "--block_size", 64, "--global_batch_size", 8,
-             "--dtype", "float32", "--max_steps", 3, "--log_interval", 1, "--out", "out/text"]
+             "--dtype", "float32", "--max_steps", 3, "--optimizer", "adamw", "--out", "out/text"]
     [dry] = ranks(1, *flags, "--dry_run")
     foretold = float(re.search(r"([\d.]+) GB in each process", dry.stdout)[1]) * 1e9
     [run] = ranks(1, *flags, first=PEAK)

@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_the_corpus():
     script = ("import prepare; prepare.prepare(['a.txt'], 'data/a', 'bytes', workers=2); "
               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
     peaks = []
-    for megabytes in (10, 60):
+    for megabytes in (10, 40):
         with open("a.txt", "w") as file:
             file.writelines("All work and no play makes Jack a dull boy\n" * 23_256 for _ in range(megabytes))
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
