@@ -6,7 +6,7 @@
     python tests/bench.py quickstart --seeds 5  the quickstart with five seeds, into docs/quickstart.jsonl
     python tests/bench.py --device cuda         training and generation on a GPU
     python tests/bench.py --device cuda --nanogpt FOLDER        also nanoGPT, out of a clone of it
-    python tests/bench.py --output FILE         also writes the table to a file
+    python tests/bench.py --table NAME          also writes the table into docs/benchmarks.md
 
 Each row is a ratio of medians. Its two sides are measured in turn, each in a process of its own, so that what
 else the machine does meets both. "Plain" is this model as it is often written: float32, all logits at once,
@@ -94,12 +94,24 @@ def close(*sides):
         side.process.join()
 
 
-OUTPUT = []     # the lines of the table
+OUTPUT = []     # the lines printed
+
+
+def say(line):
+    OUTPUT.append(line)
+    print(line, flush=True)
 
 
 def row(what, ours, other, ratio, target=""):
-    OUTPUT.append(f"| {what} | {ours} | {other} | {ratio} | {target} |")
-    print(OUTPUT[-1], flush=True)
+    say(f"| {what} | {ours} | {other} | {ratio} | {target} |")
+
+
+def write_table(name):
+    """Replaces what is between <!-- name --> and <!-- end --> in docs/benchmarks.md by what was printed."""
+    path = ROOT / "docs" / "benchmarks.md"
+    before, mark, after = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    end = after.index("<!-- end -->")
+    path.write_text(before + mark + "\n".join(OUTPUT) + "\n" + after[end:], encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------- the machine
@@ -107,21 +119,25 @@ def row(what, ours, other, ratio, target=""):
 def limits(device):
     """Prints what the machine can do at most."""
     n = 2048 if device == "cpu" else 8192
-    for dtype in {torch.float32, gpt.choose_dtype(None, torch.device(device))}:
+    for dtype in dict.fromkeys((torch.float32, gpt.choose_dtype(None, torch.device(device)))):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         rate = 2 * n ** 3 / seconds(lambda a=a, b=b: a @ b, device) / 1e9
-        print(f"matrix product of {n}^3 in {dtype}: {rate:,.0f} GFLOP/s")
+        say(f"- {n}³ matmuls in {name_of(dtype)}: {rate:,.0f} GFLOP/s")
     source = torch.randn(2 ** 26, device=device)
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
-    print(f"memory copy: {rate:,.0f} GB/s read and written")
+    say(f"- memory copies: {rate:,.0f} GB/s, read and written")
     fast = gpt.choose_dtype(None, torch.device(device))
     weights = [w.to(device, fast) for w in product_weights(gpt.GPT(gpt.MODELS["gpt2"]))]
     for rows in (1, 8):
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=device).to(fast) for w in weights}
         rate = rows / seconds(
             lambda inputs=inputs: [F.linear(inputs[w.shape[1]], w) for w in weights], device)
-        print(f"gpt2's matmuls alone in {fast}, batch {rows}: {rate:,.0f} tokens/s")
+        say(f"- the matmuls alone of `gpt2` in {name_of(fast)}, batch {rows}: {rate:,.0f} tokens/s")
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def seconds(work, device, repeats=10):
@@ -259,7 +275,7 @@ def bench_cuda_training(repeats):
     fast = gpt.choose_dtype(None, torch.device("cuda"))
     a, b = torch.randn(2, 8192, 8192, device="cuda").to(fast)
     peak = 2 * 8192 ** 3 / seconds(lambda: a @ b, "cuda")
-    fast = str(fast).removeprefix("torch.")
+    fast = name_of(fast)
     for kind, dtype, compiled in (
             ("ours", fast, False), ("ours", fast, True), ("ours", "float16", False),
             *([("nanoGPT", fast, False), ("nanoGPT", fast, True)] if "NANOGPT" in os.environ else []),
@@ -275,9 +291,10 @@ def bench_cuda_training(repeats):
 # --------------------------------------------------------------------------------------------- generation
 
 def generation(kind, batch_size, n, device="cpu"):
-    """Generates n tokens in bfloat16, the likeliest each time; for "products", only multiplies the weights
-    with as many rows as often; for "plain", in float32 and without a cache."""
+    """Generates n tokens, the likeliest each time; for "products", only multiplies the weights with as many
+    rows as often; for "plain", in float32 and without a cache."""
     torch.manual_seed(0)
+    dtype = choose_dtype(None, torch.device(device))
     model = gpt.GPT(gpt.MODELS["gpt2"]).eval()
     ids = torch.full((batch_size, 1), 50256, device=device)
     if kind == "plain":
@@ -289,16 +306,16 @@ def generation(kind, batch_size, n, device="cpu"):
             return n * batch_size
         return work
     if kind == "Hugging Face":
-        theirs = hugging_face(model).to(device, torch.bfloat16).eval()
+        theirs = hugging_face(model).to(device, dtype).eval()
 
         def work():
             theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
                             do_sample=False, pad_token_id=50256)
             return n * batch_size
         return work
-    model = model.to(device, torch.bfloat16)
+    model = model.to(device, dtype)
     weights = product_weights(model)
-    inputs = {w.shape[1]: torch.randn(batch_size, 1, w.shape[1], device=device).bfloat16() for w in weights}
+    inputs = {w.shape[1]: torch.randn(batch_size, 1, w.shape[1], device=device).to(dtype) for w in weights}
 
     @torch.inference_mode()
     def products():
@@ -317,12 +334,13 @@ def generation(kind, batch_size, n, device="cpu"):
 
 
 def bench_generation(repeats, device="cpu"):
+    dtype = name_of(choose_dtype(None, torch.device(device)))
     for batch_size, target in ((1, "1.8"), (8, "2.5")):
         kinds = ("ours", "Hugging Face", "products")
         sides = [Side(generation, kind, batch_size, 256, device) for kind in kinds]
         ours, theirs, products = medians(repeats, *sides)
         close(*sides)
-        what = f"generation, `gpt2`, bfloat16, batch {batch_size}, 256 tokens: tokens/s"
+        what = f"generation, `gpt2`, {dtype}, batch {batch_size}, 256 tokens: tokens/s"
         row(what, f"{ours:.0f}", f"Hugging Face {theirs:.0f}", f"{ours / theirs:.2f}", f"≥ {target}")
         row(what, f"{ours:.0f}", f"its products alone {products:.0f}", f"{ours / products:.2f}", "≥ 0.85")
 
@@ -333,7 +351,7 @@ def bench_cache(repeats):
     close(*sides)
     row("generation, `gpt2`, batch 1, 64 tokens: tokens/s", f"{ours:.0f}", f"plain {plain:.1f}",
         f"{ours / plain:.1f}", "")
-    model = gpt.GPT(gpt.MODELS["gpt2"]).eval().bfloat16()
+    model = gpt.GPT(gpt.MODELS["gpt2"]).eval().to(choose_dtype(None, torch.device("cpu")))
     at = {10: [], 1000: []}
     for _ in range(repeats):
         ticks = [time.perf_counter() for _ in model.generate(torch.full((1, 1), 50256), 1020, temperature=0)]
@@ -421,7 +439,7 @@ def bench_ranks(repeats):
     prepare.prepare(["python"], "data/python", "bytes")
 
     def speed(launcher, out):
-        rows, _ = run(launcher, f"{out}{time.time()}", "--max_steps", "400")
+        rows, _ = run(launcher, f"{out}{time.time()}", "--max_steps", "150")
         return statistics.median(row["tokens_per_second"] for row in rows[1:] if "loss" in row)
 
     two, one = medians(repeats, lambda: speed(TORCHRUN, "two"), lambda: speed([sys.executable], "one"))
@@ -562,7 +580,7 @@ def main():
     parser.add_argument("--nanogpt", type=os.path.abspath, help="a clone of nanoGPT to measure as well")
     parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
     parser.add_argument("--seeds", type=int, default=1, help="how often the quickstart is trained")
-    parser.add_argument("--output", type=os.path.abspath, help="a file to write the table to")
+    parser.add_argument("--table", metavar="NAME", help="write the table into docs/benchmarks.md")
     args = parser.parse_args()
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -579,14 +597,14 @@ def main():
         vocabulary.mkdir()
         provide_gpt2_vocabulary(vocabulary)
         os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
-        print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, PyTorch "
-              f"{torch.__version__}, {time.strftime('%B %Y')}")
+        say(f"- {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, PyTorch "
+            f"{torch.__version__}, {time.strftime('%B %Y')}")
         limits(args.device)
-        print("\n| what | ours | other | ratio | target |\n|---|---|---|---|---|")
+        say("\n| what | ours | other | ratio | target |\n|---|---|---|---|---|")
         for name in args.groups or groups:
             groups[name](args.repeats)
-            if args.output:
-                Path(args.output).write_text("\n".join(OUTPUT) + "\n", encoding="utf-8")
+            if args.table:
+                write_table(args.table)
 
 
 if __name__ == "__main__":
