@@ -84,8 +84,8 @@ class Batches:
     sequences of it: rank 0 the first part, rank 1 the next, and so on. batches(offset) is this rank's part of
     the global batch that begins at that offset of the list: micro-batches (inputs, targets), all of the same
     size, the largest that batch_size allows. So what a step reads depends only on global_batch_size, not on
-    how many ranks or micro-batches share the work. (For nano it is 32. For other models it is batch_size
-    times the number of ranks by default; a resumed run keeps it.)"""
+    how many ranks or micro-batches share the work. By default, global_batch_size is 32 for nano, and
+    batch_size times the number of ranks for other models. A resumed run keeps the one it began with."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -118,8 +118,8 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon", [AdamW, Muon]. Muon trains the matrices of the blocks, AdamW the rest.
-    Beside Muon, the other matrices (embeddings, lm_head) learn and decay 4 times as fast: `update` multiplies
+    """Returns [AdamW] or, for "muon", [AdamW, Muon]: then Muon trains the matrices of the blocks, AdamW the
+    rest, and the other matrices (embeddings, lm_head) learn and decay 4 times as fast. `update` multiplies
     their learning rate by lr_scale. docs/benchmarks.md compares other values.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
@@ -127,67 +127,19 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every matrix by the fraction
     lr * weight_decay at each step, so that weights grow only where it helps. Vectors (biases, LayerNorm
     weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
-    blocks = dict(model.h.named_parameters()) if name == "muon" else {}
-    in_blocks = set(blocks.values())
-    c_attn = [p for path, p in blocks.items() if path.endswith("c_attn.weight")]        # Q, K and V in one
-    for_muon = [p for path, p in blocks.items() if p.dim() >= 2 and not path.endswith("c_attn.weight")]
-    others = [p for p in model.parameters() if p.dim() >= 2 and p not in in_blocks]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": others, "weight_decay": weight_decay, "lr_scale": 4 if blocks else 1},
-              {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-    groups = [{"params": c_attn, "parts": 3}, {"params": for_muon, "parts": 1}]
-    return [adamw, Muon(groups, weight_decay, dtype)] if blocks else [adamw]
+    def adamw(matrices, lr_scale):
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay, "lr_scale": lr_scale},
+                  {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
 
-
-class Muon(torch.optim.Optimizer):
-    """Moves each matrix along a running mean of its gradient, made orthogonal (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). Every matrix is a rotation, a stretching along some axes, and
-    another rotation: U S V^T. A gradient stretches a few directions most, and they would dominate the step.
-    Without the stretching, as U V^T, the weak directions learn as fast as the strong ones."""
-
-    def __init__(self, groups, weight_decay, dtype):
-        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape = {}       # matrices of one shape form a batch
-            for matrix in group["params"]:
-                by_shape.setdefault(matrix.shape, []).append(matrix)
-            for (rows, columns), matrices in by_shape.items():
-                means = torch.stack([self.mean_gradient(matrix, group["momentum"]) for matrix in matrices])
-                means = means.view(-1, rows // group["parts"], columns)
-                # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scale that to
-                # 0.2, as AdamW's have (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
-                scale = 0.2 * math.sqrt(max(means.shape[1:]))
-                moves = orthogonalize(means, self.dtype).view(-1, rows, columns)
-                for matrix, move in zip(matrices, moves, strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.sub_(move, alpha=group["lr"] * scale)
-
-    def mean_gradient(self, matrix, momentum):
-        """The running mean of the gradient, with the newest gradient counted again (Nesterov)."""
-        state = self.state[matrix]
-        if not state:
-            state["mean"] = torch.zeros_like(matrix)
-        state["mean"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(state["mean"], momentum)
-
-
-def orthogonalize(x, dtype):
-    """x (N, rows, columns) -> for each matrix U S V^T about U V^T, without a slow decomposition. Multiplying
-    changes only S: x x^T x = U S^3 V^T. So a x + b x x^T x + c x x^T x x^T x turns each stretching s into
-    a s + b s^3 + c s^5. With a = 3.4445, b = -4.7750 and c = 2.0315, by Jordan et al., five rounds bring
-    every s from about 0.01 to 1 to between 0.7 and 1.2: close enough to 1."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT, dtype).mT        # x x^T is smaller this way round
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # now every s is at most 1
-    for _ in range(5):
-        xxt = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
-    return x
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    if name == "adamw":
+        return [adamw(matrices, lr_scale=1)]
+    in_blocks = set(model.h.parameters())
+    groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}      # Q, K and V in one
+              for path, p in model.h.named_parameters() if p.dim() >= 2]
+    return [adamw([p for p in matrices if p not in in_blocks], lr_scale=4), Muon(groups, weight_decay, dtype)]
 
 
 # --------------------------------------------------------------------------------- one step
@@ -245,10 +197,10 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
     its standard error: how much it would typically vary with other text. Each rank evaluates some of them.
     During training, count is --eval_sequences; after the last step, it is all of the validation split."""
     chosen = np.arange(count) * len(sequences) // count
-    share = chosen[world.rank::world.size]
+    mine = chosen[world.rank::world.size]
     total = squares = batches = 0
-    for start in range(0, len(share), batch_size):
-        indices = share[start:start + batch_size]
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start:start + batch_size]
         with autocast:
             loss = model(*sequences.read(indices, world.device)).item()
         total += len(indices) * loss
@@ -256,9 +208,10 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
         batches += 1
     total, squares, batches = world.sum(total, squares, batches)
     mean = total / count
-    # A mean of n batches has 1 / n of their variance; 1 / (n - 1), as that is estimated from the same n.
-    variance_of_mean = max(0.0, squares / count - mean ** 2) / (batches - 1) if batches > 1 else math.nan
-    return mean, math.sqrt(variance_of_mean)
+    # The standard error of a mean of n values is their standard deviation / sqrt(n). Here the values are the
+    # losses of n batches; n - 1, as their spread is measured around their own mean.
+    variance = max(0.0, squares / count - mean ** 2)
+    return mean, math.sqrt(variance / (batches - 1)) if batches > 1 else math.nan
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -302,7 +255,8 @@ def train(run, told_to_stop):
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
-        # One all-reduce over the ranks: their mean loss, and whether any of them has to stop.
+        # world.sum adds up each number over all ranks, and all get the same sums: the mean of their losses,
+        # and how many were told to stop. So they all stop after the same step.
         loss, stop = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         state.skipped = 0 if taken else state.skipped + 1
@@ -315,7 +269,49 @@ def train(run, told_to_stop):
         save_if_due(run)
         if stop:
             break
-    save(run, "last.pt")    # again, as the last evaluation may have changed best_val_loss
+    save(run, "last.pt")    # after the stop, or with the best_val_loss of the last evaluation
+
+
+# --------------------------------------------------------------------------------------- Muon
+
+class Muon(torch.optim.Optimizer):
+    """Moves each matrix along a running mean of its gradient, made orthogonal (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon). Every matrix is a rotation, a stretching along some axes, and
+    another rotation: U S V^T. A gradient stretches a few directions most, and they would dominate the step.
+    Without the stretching, as U V^T, the weak directions learn as fast as the strong ones."""
+
+    def __init__(self, groups, weight_decay, dtype):
+        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            [matrix] = group["params"]      # of one matrix, or of several below each other ("parts")
+            mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
+            mean.lerp_(matrix.grad, 1 - group["momentum"])
+            direction = matrix.grad.lerp(mean, group["momentum"])       # the newest gradient again (Nesterov)
+            parts = direction.view(group["parts"], -1, matrix.shape[1])
+            # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scale that to 0.2,
+            # as AdamW's have (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+            scale = 0.2 * math.sqrt(max(parts.shape[1:]))
+            matrix.mul_(1 - group["lr"] * group["weight_decay"])
+            matrix.sub_(orthogonalize(parts, self.dtype).view_as(matrix), alpha=group["lr"] * scale)
+
+
+def orthogonalize(x, dtype):
+    """Turns each of N matrices, U S V^T, into roughly U V^T, without computing U, S and V, which is slow.
+    S is diagonal: its entries s say how far each axis is stretched. x x^T x = U S^3 V^T has the same U and V.
+    So a x + b x x^T x + c x x^T x x^T x only replaces each s by a s + b s^3 + c s^5. Jordan et al. chose a, b
+    and c (3.4445, -4.7750, 2.0315) so that five rounds take any s between 0.01 and 1 to between 0.68 and
+    1.14: all axes are then stretched about equally. x and the result are (N, rows, columns)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT, dtype).mT        # x x^T is smaller this way round
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # now every s is at most 1
+    for _ in range(5):
+        xxt = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
+    return x
 
 
 # ================================================================================== plumbing
@@ -337,7 +333,7 @@ class World:
 
     def __init__(self, device):
         self.rank, self.size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-        self.device, self.sums = device, weakref.WeakSet()
+        self.device, self.sums = device, weakref.WeakSet()      # of sums that gloo still holds: see close
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         if self.rank >= self.size or (self.size > 1 and not all(map(os.environ.get, names))):
             raise UserError(f"{', '.join(names)} are not as torchrun sets them: use torchrun, or unset them")
@@ -440,8 +436,8 @@ def seed_dropout(seed, step, rank):
 
 
 def keep_freed_memory():
-    """Makes glibc keep freed memory for the next step. By default it returns large blocks to the system,
-    which zeroes them before each reuse: up to 40% of a step's time."""
+    """Makes glibc (Linux) keep freed memory for the next step. By default it returns large blocks to the
+    system, which zeroes them before each reuse: up to 40% of a step's time. Changes no result."""
     import ctypes
     with suppress(OSError, AttributeError, TypeError):      # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -578,9 +574,9 @@ def save(run, name):
 def save_if_due(run):
     """Saves last.pt every ten minutes, and a checkpoint to keep every --keep_epochs epochs."""
     n_sequences = run.args.keep_epochs * len(run.batches.sequences)
-    kept = run.state.offset // n_sequences
-    if kept > (run.state.offset - run.args.global_batch_size) // n_sequences:
-        save(run, f"epoch_{kept * run.args.keep_epochs:04}.pt")
+    before, now = ((run.state.offset - n) // n_sequences for n in (run.args.global_batch_size, 0))
+    if now > before:        # the last step completed another --keep_epochs epochs
+        save(run, f"epoch_{now * run.args.keep_epochs:04}.pt")
     if time.monotonic() > run.saved_at + SAVE_SECONDS:
         save(run, "last.pt")
 
@@ -654,7 +650,7 @@ class Log:
             self.path.open("a").write("\n")     # a killed run left half a row
         if run.world.rank == 0 and run.args.wandb:
             import wandb
-            with self.decoration("wandb"):
+            with self.optional("wandb"):
                 self.tracker = wandb.init(project="smallgpt", name=self.path.parent.name,
                                           config=vars(run.args), dir=run.args.out)
         self.append(started_at_step=run.state.step, args=vars(run.args), commit=commit(),
@@ -682,7 +678,7 @@ class Log:
         self.run.world.print(f"step {step:,}/{self.run.total_steps:,} | {line.format(**metrics)}")
         row = self.append(step=step, **metrics)
         if self.tracker:
-            with self.decoration("wandb"):
+            with self.optional("wandb"):
                 self.tracker.log(row, step=step)
 
     def append(self, **row):
@@ -694,7 +690,7 @@ class Log:
         return row
 
     @contextmanager
-    def decoration(self, name):
+    def optional(self, name):
         """For extras that training does not need: the first failure is reported, and training continues."""
         try:
             yield
@@ -713,12 +709,12 @@ def commit():
 
 def show_sample_and_curves(run):
     if run.world.rank == 0:
-        with run.log.decoration("sample"):
+        with run.log.optional("sample"):
             tokenizer = get_tokenizer(run.data["tokenizer"], run.data["vocabulary"])
             parts = complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50)
             text = "".join(added for [added] in parts)
             run.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
-        with run.log.decoration("curves"):
+        with run.log.optional("curves"):
             draw_curves(run.args.out)
 
 
@@ -766,7 +762,7 @@ def make_parser():
                         for model, recipe in RECIPES.items())
     parser = Parser(description="Train a model on a data folder.", epilog=f"Other defaults of {recipes}.")
     at_least_0 = checked(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
-    share = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    fraction = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
     add = parser.add_argument
     add("--data", default="data/python", help="folder that prepare.py wrote")
     add("--out", help="folder to write (default: out/ and the name of the data folder)")
@@ -780,7 +776,7 @@ def make_parser():
     add("--n_head", type=positive_int, help="attention heads per block (default: the model's)")
     add("--n_embd", type=positive_int, help="width, C (default: the model's)")
     add("--block_size", type=positive_int, help="tokens per sequence (default: the model's)")
-    add("--dropout", type=share, help="fraction of activations zeroed in training (default: the model's)")
+    add("--dropout", type=fraction, help="fraction of activations zeroed in training (default: the model's)")
     add("--stride", type=positive_int, help="tokens between the starts of sequences (default: block_size)")
     add("--batch_size", type=positive_int, default=16, help="maximum sequences per process and micro-batch")
     add("--global_batch_size", type=positive_int, help="sequences per step (default: batch_size x processes)")
@@ -792,7 +788,7 @@ def make_parser():
         help="muon learns more per step, but costs more time when batches are small")
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
     add("--min_lr", type=at_least_0, default=0.0, help="learning rate at the end of the schedule")
-    add("--warmup", type=share, default=0.1, help="fraction of all steps in which the learning rate rises")
+    add("--warmup", type=fraction, default=0.1, help="fraction of all steps in which the learning rate rises")
     add("--schedule", choices=("linear", "cosine", "trapezoid"), default="linear", help="how it then falls")
     add("--weight_decay", type=at_least_0, default=1e-4, help="weight decay of matrices")
     add("--grad_clip", type=positive_float, default=1.0, help="the gradient's norm is clipped to this")
@@ -821,7 +817,7 @@ def parse_args(argv):
     last, saved = Path(out, "last.pt"), None
     if last.exists() and given.resume:
         saved = load_checkpoint(last)
-        if not {"args", "data", "optimizers", "scaler", *asdict(State())} <= saved[1].keys():
+        if any(name not in saved[1] for name in ("args", "data", "optimizers", "scaler", *asdict(State()))):
             raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run")
         defaults = {**saved[1]["args"], "device": None, "dry_run": False}
     elif last.exists() and not given.dry_run:
