@@ -11,8 +11,8 @@ number below V, made from text by prepare.py. Parameters are named as in OpenAI'
 embeddings, tables with one learned vector for each token and each position; h are the blocks; c_attn, c_fc
 and c_proj linear layers. Logits are scores, one for each token. A softmax turns them into probabilities.
 
-GELU, attention, cross-entropy and LayerNorm are written out as FORMULAS. By default, a GPT runs faster
-KERNELS instead (below the banner), which agree up to rounding, as the tests check: same mask, same loss.
+GELU, attention, cross-entropy and LayerNorm exist twice: as FORMULAS, to be read, and as KERNELS (below the
+banner), which run faster, and by default. They agree up to rounding. A layer gets one of these sets as `ops`.
 Left out: training (train.py), text (prepare.py, sample.py), and architectures newer than GPT-2.
 """
 
@@ -75,7 +75,8 @@ def gelu(x):
 
 def attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
-    q and the result are (B, H, T, D), k and v (B, H, S, D). S includes cached positions; in training S = T.
+    q and the result are (B, H, T, D), k and v (B, H, S, D): T positions look at S. In training S = T. In
+    generation, S also counts earlier positions, whose k and v were kept (see KVCache).
 
     Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
     on?). The dot product of a query and a key, their score, says how well they match. A softmax turns the
@@ -87,8 +88,8 @@ def attention(q, k, v, dropout):
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
     minus infinity, which the softmax turns into a weight of 0. On the left for 3 positions; on the right for
-    1 new position after 3 cached ones (see KVCache). fused_attention, the kernel that runs by default, gets
-    the same mask from is_causal=True.
+    1 new position after 3 kept ones. fused_attention, the kernel that runs by default, gets the left mask
+    from is_causal=True, and needs none on the right, where nothing is hidden.
 
                     key 0  1  2                           key 0  1  2  3
         query 0         .  x  x            query 3            .  .  .  .
@@ -104,9 +105,9 @@ def attention(q, k, v, dropout):
 
 
 def cross_entropy(x, weight, targets, vocab_size):
-    """The mean of -ln(probability of the target) over all B * T positions, in nats per token. x is (B, T, C),
-    weight, that of lm_head, is (padded V, C), targets (B, T). It computes the logits itself, so that the fast
-    version never has to hold all of them."""
+    """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
+    bits). x is (B, T, C), targets (B, T); weight is that of lm_head, with some rows of padding (see GPT). It
+    takes x rather than logits, so that the fast version never has to hold all logits at once."""
     logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
@@ -127,18 +128,15 @@ class LayerNorm(nn.Module):
         return x if self.bias is None else x + self.bias
 
 
-FORMULAS = SimpleNamespace(gelu=gelu, attention=attention, cross_entropy=cross_entropy, LayerNorm=LayerNorm)
-
-
 # ------------------------------------------------------------------------------------- layers
 
 class CausalSelfAttention(nn.Module):
     """The only place where positions exchange information. H heads work in parallel, each on D of the C
     channels: one may look for the last verb, another for an open bracket."""
 
-    def __init__(self, config, formulas):
+    def __init__(self, config, ops):
         super().__init__()
-        self.attention = formulas.attention
+        self.attention = ops.attention
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -160,9 +158,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, applied to each position independently."""
 
-    def __init__(self, config, formulas):
+    def __init__(self, config, ops):
         super().__init__()
-        self.gelu = formulas.gelu
+        self.gelu = ops.gelu
         self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, config.mlp_ratio * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.mlp_ratio * config.n_embd, config.n_embd, bias=config.bias)
@@ -177,12 +175,12 @@ class Block(nn.Module):
     stream x through a LayerNorm and adds its result to x. So x passes through all blocks as a plain sum: a
     direct path for gradients back to the first block (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
 
-    def __init__(self, config, formulas):
+    def __init__(self, config, ops):
         super().__init__()
-        self.ln_1 = formulas.LayerNorm(config)
-        self.attn = CausalSelfAttention(config, formulas)
-        self.ln_2 = formulas.LayerNorm(config)
-        self.mlp = MLP(config, formulas)
+        self.ln_1 = ops.LayerNorm(config)
+        self.attn = CausalSelfAttention(config, ops)
+        self.ln_2 = ops.LayerNorm(config)
+        self.mlp = MLP(config, ops)
 
     def forward(self, x, cache=None):
         x = x + self.attn(self.ln_1(x), cache)
@@ -200,13 +198,13 @@ class GPT(nn.Module):
 
     def __init__(self, config, fused=True):
         super().__init__()
-        formulas = KERNELS if fused else FORMULAS
+        ops = KERNELS if fused else FORMULAS
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
-        self.config, self.loss = config, formulas.cross_entropy
+        self.config, self.loss = config, ops.cross_entropy
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, formulas) for _ in range(config.n_layer))
-        self.ln_f = formulas.LayerNorm(config)
+        self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
+        self.ln_f = ops.LayerNorm(config)
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         if config.tied:     # one table to read and to predict with: a logit is the product of x and a row
             self.lm_head.weight = self.wte.weight
@@ -255,9 +253,11 @@ class GPT(nn.Module):
         chooses them and explains the options. Before each choice, watch is called with the logits (B, V).
 
         The model sees at most block_size tokens. When the caches are full, they are cleared, and the newest
-        block_size / 2 tokens are read again, from position 0 on."""
+        block_size / 2 tokens are read again, as positions 0, 1, 2 and so on. Why not drop only the oldest
+        token? All others would move down one position, and their cached keys and values would be wrong."""
         block_size = self.config.block_size
-        unread = context = ids[:, -block_size:]     # all tokens that it may see; those not in the caches yet
+        context = ids[:, -block_size:]      # all tokens that the model may see
+        unread = context                    # those of them that are not in the caches yet
         caches = [KVCache(self, len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
@@ -295,9 +295,9 @@ class KVCache:
 def next_token(logits, temperature, top_k, top_p, generator):
     """Draws a token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature). A temperature
     below 1 sharpens the distribution, above 1 flattens it; at 0, it is always the likeliest token (greedy).
-    top_k keeps only the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), top_p then
-    the fewest whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019,
-    https://arxiv.org/abs/1904.09751)."""
+    top_k keeps the k likeliest tokens and any tied with them (Fan et al. 2018,
+    https://arxiv.org/abs/1805.04833), top_p then the fewest whose probabilities add up to p (nucleus
+    sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
     logits = (logits - logits.amax(1, keepdim=True)) / temperature          # <= 0: no overflow to inf
@@ -344,7 +344,9 @@ def fused_attention(q, k, v, dropout):
     return y[..., :D]
 
 
-ROWS_AT_ONCE = 1024     # GPT-2's logits then take 100 MB, and a sum over the rows cannot overflow float16
+# For GPT-2, the logits of so many rows take 100 MB in 16 bits. A gradient of the weight is a sum over them:
+# with more rows, it might exceed 65,504, the largest float16.
+ROWS_AT_ONCE = 1024
 
 
 def chunked_cross_entropy(x, weight, targets, vocab_size):
@@ -397,6 +399,7 @@ def fused_gelu(x):
     return F.gelu(x, approximate="tanh")
 
 
+FORMULAS = SimpleNamespace(gelu=gelu, attention=attention, cross_entropy=cross_entropy, LayerNorm=LayerNorm)
 KERNELS = SimpleNamespace(gelu=fused_gelu, attention=fused_attention, cross_entropy=chunked_cross_entropy,
                           LayerNorm=FusedLayerNorm)
 
@@ -505,6 +508,7 @@ def from_pretrained(source):
                          f"that can be downloaded from their Hub ({reason})") from error
 
 
+# Methods of GPT, kept out of its class so that it stays short: model.num_params() and so on.
 GPT.num_params, GPT.save_pretrained = num_params, save_pretrained
 GPT.from_pretrained = staticmethod(from_pretrained)
 

@@ -80,14 +80,14 @@ def learn_vocabulary(word_counts, max_tokens):
         for pair in pairwise(word):
             pair_counts[pair] += counts[i]
             words_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]      # its first entry is the most frequent
+    heap = [(-count, pair) for pair, count in pair_counts.items()]      # pops its smallest entry first
     heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
     while heap and len(tokens) < max_tokens:
         negative, pair = heappop(heap)
         count = pair_counts[pair]
-        # Once counted, a pair can only become rarer, because every new pair contains the new token. So a
-        # count in the heap may be too high, never too low. If it is, put the pair back with its true count.
+        # Merges change pair_counts, but not the heap. Its counts can only be too high: all pairs that a merge
+        # creates contain the new token, so older pairs just become rarer. Put such a pair back, corrected.
         if -negative > count:
             heappush(heap, (-count, pair))
             continue
@@ -95,7 +95,7 @@ def learn_vocabulary(word_counts, max_tokens):
             break
         new, new_pairs = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in words_with.pop(pair):      # words that contain it, or once did: merge leaves those alone
+        for i in words_with.pop(pair):      # if a word has lost the pair since, merge changes nothing
             for old_pair in pairwise(words[i]):
                 pair_counts[old_pair] -= counts[i]
             words[i] = merge(words[i], pair, new)
@@ -267,7 +267,7 @@ def in_order(function, items, workers):
 
 
 def statistics(path, tokenizer):
-    """Counts a token file's documents, bytes of text and tokens. The CRC-32 distinguishes equal counts."""
+    """Counts the documents, bytes of text and tokens of a token file. The CRC-32 identifies its content."""
     bytes_of = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)])
     bytes_of[tokenizer.eot_token] = 0
     counts, crc32 = np.zeros(tokenizer.n_vocab, dtype=np.int64), 0

@@ -60,7 +60,7 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
     with torch.inference_mode():
         for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):     # (1, T) -> (T, V)
             yield token, logits.float().softmax(-1)
-    watched = []        # just before it yields a token, generate passes its logits (1, V) to watch
+    watched = []        # generate calls watch with the logits (1, V) just before it yields each token
     for [token] in model.generate(ids, max_new_tokens, watch=watched.append, **options):
         yield token.item(), watched.pop()[0].softmax(-1)
         if token == eot_token:
