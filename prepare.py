@@ -247,19 +247,13 @@ def vocabulary_text(ranks):
 
 def encode_all(pieces, parts, workers):
     """Yields the tokens of all pieces, in order, encoded in threads on all cores, since tiktoken releases
-    Python's global lock."""
+    Python's global lock. Reads only a few batches ahead, so that memory does not grow with the text."""
     tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]       # threads sharing one would wait
     batches = iter(lambda: list(islice(pieces, 32)), [])        # so that short documents keep cores busy, too
-    return in_order(encode, zip(cycle(tokenizers), batches), workers)
-
-
-def in_order(function, items, workers):
-    """Yields function(*item) for each item, in order, computed by threads. Reads only a few items ahead, so
-    that memory does not grow with their number."""
+    pending = deque()
     with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, *item))
+        for tokenizer, batch in zip(cycle(tokenizers), batches):
+            pending.append(pool.submit(encode, tokenizer, batch))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:

@@ -176,9 +176,10 @@ def test_the_result_does_not_depend_on_the_number_of_cores(monkeypatch, workers)
 
 def test_only_a_few_batches_are_read_ahead_of_the_encoder():
     read = []
-    results = prepare.in_order(lambda x: x * x, (read.append(i) or (i,) for i in range(1000)), workers=2)
-    assert next(results) == 0 and len(read) < 10
-    assert list(results) == [i * i for i in range(1, 1000)]
+    pieces = (read.append(i) or ("x" * i, True) for i in range(1000))
+    results = prepare.encode_all(pieces, prepare.tokenizer_parts("bytes"), workers=2)
+    assert len(next(results)) == sum(range(32)) + 32 and len(read) < 10 * 32
+    assert sum(map(len, results)) == sum(range(32, 1000)) + 968
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is in Linux's /proc only")
