@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import zipfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
@@ -552,18 +552,6 @@ def choose_dtype(name, device):
     except RuntimeError as error:
         raise ModelError(f"{name} does not run on this {device.type}: use --dtype float32") from error
     return dtype
-
-
-@contextmanager
-def out_of_memory(advice):
-    """Turns out-of-memory errors of a CPU or a GPU into a ModelError with this advice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        signs = ("out of memory", "allocate memory")
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
-            raise ModelError(f"out of memory: {advice}") from error
-        raise
 
 
 def mixed_precision(device, dtype):

@@ -557,9 +557,9 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 
 
 @contextmanager
-def one_line_errors(*kinds):
-    """On an exception of these kinds, or if an optional package is missing, ends the program with one line
-    and exit status 2; on Ctrl-C, with 130."""
+def one_line_errors(*kinds, if_memory_runs_out):
+    """On an exception of these kinds, or if memory runs out or an optional package is missing, ends the
+    program with one line and exit status 2; on Ctrl-C, with 130."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:      # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
@@ -571,16 +571,20 @@ def one_line_errors(*kinds):
     except BrokenPipeError:     # as with "| head": the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (*kinds, ModuleNotFoundError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
         message = str(error)
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             message = f"this needs the package {package}: pip install {package}"
+        elif isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
+            message = f"out of memory: {if_memory_runs_out}"
+        elif not isinstance(error, kinds):
+            raise
         sys.stderr.write(f"error: {' '.join(message.split())}\n")       # one line, whatever it quotes
         raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def ending_signals():
@@ -632,7 +636,7 @@ def main(argv=None):
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N files or rows")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
         help="fraction of the tokens, from the end, held out for validation")
-    with one_line_errors(UserError, OSError):
+    with one_line_errors(UserError, OSError, if_memory_runs_out="lower --sample_size"):
         args = parser.parse_args(argv)
         end_like_ctrl_c()
         folder = Path("data", args.name or default_name(args.sources[0]))

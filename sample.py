@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint, out_of_memory
+from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint
 from prepare import Parser, UserError, checked, end_like_ctrl_c, get_tokenizer, in_colour, one_line_errors
 from prepare import positive_int, read_text, seed_int, token_text, tokenizer_parts, vocabulary_text
 
@@ -188,7 +188,7 @@ def parse_args(argv):
 
 def main(argv=None):
     advice = "lower --num_samples, or choose a smaller --checkpoint"
-    with one_line_errors(UserError, ModelError, OSError), out_of_memory(advice):
+    with one_line_errors(UserError, ModelError, OSError, if_memory_runs_out=advice):
         args = parse_args(argv)
         end_like_ctrl_c()
         device = choose_device(args.device)

@@ -39,7 +39,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt import DTYPES, GPT, MODELS, ModelError, choose_device, choose_dtype, load_checkpoint, mixed_precision
-from gpt import out_of_memory, save_checkpoint
+from gpt import save_checkpoint
 from prepare import Parser, UserError, checked, duration, ending_signals, get_tokenizer, held, load_meta
 from prepare import load_tokens, one_line_errors, positive_float, positive_int, seed_int
 from sample import complete, load_model
@@ -876,7 +876,7 @@ def start(argv):
 
 def main(argv=None):
     advice = "lower --batch_size, or choose a smaller --model or --block_size"
-    with one_line_errors(UserError, ModelError, OSError), out_of_memory(advice):
+    with one_line_errors(UserError, ModelError, OSError, if_memory_runs_out=advice):
         start(sys.argv[1:] if argv is None else argv)
 
 
