@@ -587,17 +587,12 @@ def one_line_errors(*kinds, if_memory_runs_out):
         raise SystemExit(2) from error
 
 
-def ending_signals():
-    """Returns the signals that end a program, except those it was started to ignore, as under nohup."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")     # Windows lacks the last
-    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def end_like_ctrl_c():
-    """Makes each of these signals act like Ctrl-C, which cleans up."""
-    for number in ending_signals():
-        signal.signal(number, signal.default_int_handler)
+def on_ending_signals(handler=signal.default_int_handler):
+    """Sets the handler of the signals that end a program, except those it was started to ignore, as under
+    nohup. By default, each then acts like Ctrl-C, which cleans up. Returns the handlers that they had."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return {number: signal.signal(number, handler) for number in numbers        # Windows lacks SIGHUP
+            if signal.getsignal(number) != signal.SIG_IGN}
 
 
 def in_colour():
@@ -638,7 +633,7 @@ def main(argv=None):
         help="fraction of the tokens, from the end, held out for validation")
     with one_line_errors(UserError, OSError, if_memory_runs_out="lower --sample_size"):
         args = parser.parse_args(argv)
-        end_like_ctrl_c()
+        on_ending_signals()
         folder = Path("data", args.name or default_name(args.sources[0]))
         tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
         if args.vocab_size and tokenizer != "bpe":

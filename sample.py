@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint
-from prepare import Parser, UserError, checked, end_like_ctrl_c, get_tokenizer, in_colour, one_line_errors
+from prepare import Parser, UserError, checked, get_tokenizer, in_colour, on_ending_signals, one_line_errors
 from prepare import positive_int, read_text, seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
@@ -190,7 +190,7 @@ def main(argv=None):
     advice = "lower --num_samples, or choose a smaller --checkpoint"
     with one_line_errors(UserError, ModelError, OSError, if_memory_runs_out=advice):
         args = parse_args(argv)
-        end_like_ctrl_c()
+        on_ending_signals()
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
         prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)

@@ -40,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt import DTYPES, GPT, MODELS, ModelError, choose_device, choose_dtype, load_checkpoint, mixed_precision
 from gpt import save_checkpoint
-from prepare import Parser, UserError, checked, duration, ending_signals, get_tokenizer, held, load_meta
-from prepare import load_tokens, one_line_errors, positive_float, positive_int, seed_int
+from prepare import Parser, UserError, checked, duration, get_tokenizer, held, load_meta, load_tokens
+from prepare import on_ending_signals, one_line_errors, positive_float, positive_int, seed_int
 from sample import complete, load_model
 
 
@@ -402,7 +402,7 @@ def stop_signal():
             with suppress(OSError):     # not print, which may be what was interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
-    handlers = {number: signal.signal(number, receive) for number in ending_signals()}
+    handlers = on_ending_signals(receive)
     try:
         yield lambda: bool(received)
     finally:
