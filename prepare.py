@@ -358,15 +358,16 @@ def read_pieces(files, sample_size):
 
 
 def read_file(path):
-    """Yields (text, whether the document ends here)."""
+    """Yields (text, whether the document ends here); (None, True) for a text that is null."""
     name = str(path).lower()
     if isinstance(path, str) or name.endswith(".parquet"):
-        yield from read_table(path)
+        yield from read_rows(table_rows(path), f"{path}, row")
         return
     with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")     # without a byte order mark
+        is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
         try:
-            yield from (read_jsonl if name.removesuffix(".gz").endswith(".jsonl") else read_text)(text, path)
+            yield from read_rows(json_rows(text, path), f"{path}, line") if is_jsonl else read_text(text)
         except UnicodeDecodeError as error:
             offset = file.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8 at byte {offset:,}: convert it, or leave it out") from error
@@ -374,7 +375,7 @@ def read_file(path):
             raise UserError(f"{path} is damaged or not a gzip file ({error})") from error
 
 
-def read_text(file, path):
+def read_text(file):
     if not (rest := file.read(CHUNK)):
         return
     while block := file.read(CHUNK):
@@ -395,45 +396,42 @@ def last_cut(text):
                  or (text[i] == "\n" and text[i - 1].isalnum())), mark if mark > 0 else len(text))
 
 
-def read_jsonl(lines, path):
+def json_rows(lines, path):
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number} is not JSON") from error
-            yield from read_row(row, f"{path}, line {number}")
+        try:
+            yield json.loads(line) if line.strip() else {"text": ""}
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is not JSON") from error
 
 
-def read_table(source):
-    """Reads a parquet file, or a dataset on the Hub. Needs the packages pyarrow and datasets."""
+def table_rows(source):
+    """Yields the rows of a parquet file, or of a dataset on the Hub. Needs pyarrow and datasets."""
     try:
         if isinstance(source, str):
             import datasets
             name, _, subset = source.removeprefix("hf:").partition(":")
-            rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
+            yield from datasets.load_dataset(name, subset or None, split="train", streaming=True)
         else:
             from pyarrow.parquet import ParquetFile
-            rows = (row for batch in ParquetFile(source).iter_batches(columns=["text"])
-                    for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield from read_row(row, f"{source}, row {number}")
-    except (UserError, ModuleNotFoundError):
+            for batch in ParquetFile(source).iter_batches(columns=["text"]):
+                yield from batch.to_pylist()
+    except ModuleNotFoundError:
         raise
     except Exception as error:      # whatever else goes wrong in the library
         raise UserError(f"{source} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def read_row(row, where):
-    """Yields pieces of the row's text; (None, True) for a null; nothing for an empty text."""
-    text = row.get("text", 0) if isinstance(row, dict) else 0
-    if text is None:
-        yield None, True
-    elif isinstance(text, str):     # JSON may contain a lone surrogate, which is not a character
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield from read_text(io.StringIO(text), where)
-    else:
-        raise UserError(f'{where} has no "text": each must look like {{"text": "..."}}')
+def read_rows(rows, where):
+    """Yields pieces of each row's text, nothing if it is empty."""
+    for number, row in enumerate(rows, start=1):
+        text = row.get("text", 0) if isinstance(row, dict) else 0
+        if text is None:
+            yield None, True
+        elif isinstance(text, str):     # JSON may contain a lone surrogate, which is not a character
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield from read_text(io.StringIO(text))
+        else:
+            raise UserError(f'{where} {number} has no "text": each must look like {{"text": "..."}}')
 
 
 # ---------------------------------------------------------------------------- the data folder
