@@ -376,24 +376,19 @@ def read_file(path):
 
 
 def read_text(file):
+    """Cuts a long text where that does not change the tokens: before the white space that follows a word,
+    where every tokenizer starts a new one. "two words" is cut into "two" and " words". Where there is no such
+    position, it is cut at the end, and the tokens around it may differ."""
     if not (rest := file.read(CHUNK)):
         return
     while block := file.read(CHUNK):
         text = rest + block
-        cut = last_cut(text)
+        mark = text.rfind("<", max(1, len(text) - 12))      # perhaps the beginning of an <|endoftext|>
+        last = regex.search(r"(?r)(?<=\S) |(?<=[\p{L}\p{N}])\n", text)       # (?r) searches from the end
+        cut = last.start() if last else mark if mark > 0 else len(text)
         yield text[:cut], False
         rest = text[cut:]
     yield rest, True
-
-
-def last_cut(text):
-    """Returns the last position where a cut does not change the tokens: before the white space that follows a
-    word, where every tokenizer starts a new one. "two words" is cut into "two" and " words". If there is no
-    such position, returns the end, and the tokens around it may differ."""
-    cuts = range(len(text) - 1, 0, -1)
-    mark = text.rfind("<", max(1, len(text) - 12))      # perhaps the beginning of an <|endoftext|>
-    return next((i for i in cuts if (text[i] == " " and not text[i - 1].isspace())
-                 or (text[i] == "\n" and text[i - 1].isalnum())), mark if mark > 0 else len(text))
 
 
 def json_rows(lines, path):
