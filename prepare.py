@@ -438,9 +438,9 @@ FORMAT = 3      # version of its files
 def new_folder(folder):
     """Yields an empty folder inside this one. At the end, its files move to this one, meta.json last. After
     an exception, this folder is as it was before."""
-    existed = os.path.isdir(os.path.abspath(folder))        # also where the folder's name has a ".."
+    new = folder / ".unfinished"
+    rubbish = new if os.path.isdir(os.path.abspath(folder)) else folder     # its name may have a ".."
     with held(folder):
-        new = folder / ".unfinished"
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process
         try:
             new.mkdir()
@@ -448,12 +448,9 @@ def new_folder(folder):
             (folder / "meta.json").unlink(missing_ok=True)
             for name in ("vocabulary.tiktoken", "train.bin", "val.bin", "meta.json"):
                 os.replace(new / name, folder / name)
-        except BaseException:
-            if not existed:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+            rubbish = new
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(rubbish, ignore_errors=True)
 
 
 @contextmanager
