@@ -157,19 +157,17 @@ def encode(tokenizer, pieces):
 
 # -------------------------------------------------------------------------------- token files
 
-def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1,
-            workers=None):
+def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1):
     """Encodes the first sample_size files or rows of the sources (None: all) into a folder, returns its meta.
     tokenizer_name is "gpt2", "bytes", "bpe" (learns a new vocabulary), or another data folder (uses its
-    tokenizer). The result does not depend on workers, the number of threads (None: one per core). On any
-    problem with a source, raises UserError and leaves the folder unchanged."""
+    tokenizer). On any problem with a source, raises UserError and leaves the folder unchanged."""
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
         name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
         n_tokens = 0
         with open(new / "train.bin", "wb") as file:
-            for tokens in encode_all(pieces, tokenizer_parts(name, vocabulary), workers or os.cpu_count()):
+            for tokens in encode_all(pieces, tokenizer_parts(name, vocabulary)):
                 n_tokens += len(tokens)
                 file.write(tokens)
         if not n_tokens:
@@ -245,9 +243,10 @@ def vocabulary_text(ranks):
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
-def encode_all(pieces, parts, workers):
+def encode_all(pieces, parts):
     """Yields the tokens of all pieces, in order, encoded in threads on all cores, since tiktoken releases
     Python's global lock. Reads only a few batches ahead, so that memory does not grow with the text."""
+    workers = os.cpu_count()
     tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]       # threads sharing one would wait
     batches = iter(lambda: list(islice(pieces, 32)), [])        # so that short documents keep cores busy, too
     pending = deque()

@@ -83,12 +83,13 @@ def test_merge_goes_from_left_to_right():
     assert prepare.merge([1, 1, 1, 1, 1], (1, 1), 9) == [9, 9, 1]
 
 
-def test_the_vocabulary_does_not_depend_on_the_number_of_cores():
+def test_the_vocabulary_does_not_depend_on_the_number_of_cores(monkeypatch):
     Path("many").mkdir()
     for i in range(30):
         Path(f"many/{i}.txt").write_text(random_text(i, 400))
     for workers in (1, 3):
-        prepare.prepare(["many"], f"data/{workers}", "bpe", 500, workers=workers)
+        monkeypatch.setattr(prepare.os, "cpu_count", lambda workers=workers: workers)
+        prepare.prepare(["many"], f"data/{workers}", "bpe", 500)
     for name in ("vocabulary.tiktoken", "train.bin", "val.bin"):
         assert Path("data/1", name).read_bytes() == Path("data/3", name).read_bytes()
 

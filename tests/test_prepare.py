@@ -168,23 +168,25 @@ def test_meta_json_counts_documents_bytes_and_tokens_of_each_split(tokenizer):
 def test_the_result_does_not_depend_on_the_number_of_cores(monkeypatch, workers):
     monkeypatch.setattr(prepare, "CHUNK", 50)
     write("a.jsonl", jsonl(*(f"document {i} " * i for i in range(60))))
-    prepare.prepare(["a.jsonl"], "data/one", "gpt2", workers=1)
-    prepare.prepare(["a.jsonl"], "data/many", "gpt2", workers=workers)
+    for name, n_cores in (("one", 1), ("many", workers)):
+        monkeypatch.setattr(os, "cpu_count", lambda n_cores=n_cores: n_cores)
+        prepare.prepare(["a.jsonl"], f"data/{name}", "gpt2")
     for name in ("train.bin", "val.bin", "meta.json"):
         assert Path("data/one", name).read_bytes() == Path("data/many", name).read_bytes()
 
 
-def test_only_a_few_batches_are_read_ahead_of_the_encoder():
+def test_only_a_few_batches_are_read_ahead_of_the_encoder(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     read = []
     pieces = (read.append(i) or ("x" * i, True) for i in range(1000))
-    results = prepare.encode_all(pieces, prepare.tokenizer_parts("bytes"), workers=2)
+    results = prepare.encode_all(pieces, prepare.tokenizer_parts("bytes"))
     assert len(next(results)) == sum(range(32)) + 32 and len(read) < 10 * 32
     assert sum(map(len, results)) == sum(range(32, 1000)) + 968
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is in Linux's /proc only")
 def test_memory_does_not_grow_with_the_corpus():
-    script = ("import prepare; prepare.prepare(['a.txt'], 'data/a', 'bytes', workers=2); "
+    script = ("import os, prepare; os.cpu_count = lambda: 2; prepare.prepare(['a.txt'], 'data/a', 'bytes'); "
               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
     peaks = []
     for megabytes in (10, 40):
