@@ -22,6 +22,7 @@ import sys
 import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -395,13 +396,9 @@ class FusedLayerNorm(LayerNorm):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
-def fused_gelu(x):
-    return F.gelu(x, approximate="tanh")
-
-
 FORMULAS = SimpleNamespace(gelu=gelu, attention=attention, cross_entropy=cross_entropy, LayerNorm=LayerNorm)
-KERNELS = SimpleNamespace(gelu=fused_gelu, attention=fused_attention, cross_entropy=chunked_cross_entropy,
-                          LayerNorm=FusedLayerNorm)
+KERNELS = SimpleNamespace(gelu=partial(F.gelu, approximate="tanh"), attention=fused_attention,
+                          cross_entropy=chunked_cross_entropy, LayerNorm=FusedLayerNorm)
 
 
 # -------------------------------------------------------------------------------- checkpoints
