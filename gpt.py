@@ -497,12 +497,10 @@ def from_pretrained(source):
         for ours, weight in weight_pairs(model, theirs):
             ours.copy_(weight)
         return model.eval()
-    except ModelError as error:
-        raise ModelError(f"{source} is not a GPT-2: {error}") from error
-    except Exception as error:      # anything else is a bad folder or a problem of the Hub
+    except Exception as error:      # also of a bad folder, or a problem of the Hub
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ModelError(f"{source} is neither a folder with a GPT-2 in Hugging Face's format nor a model "
-                         f"that can be downloaded from their Hub ({reason})") from error
+        raise ModelError(f"{source} is no GPT-2 in Hugging Face's format, in a folder or on their Hub "
+                         f"({reason})") from error
 
 
 # Methods of GPT, kept out of its class so that it stays short: model.num_params() and so on.
