@@ -604,6 +604,7 @@ def default_name(source):
     return name.replace(":", "-") or "text"
 
 
+@one_line_errors(UserError, OSError, if_memory_runs_out="lower --sample_size")
 def main(argv=None):
     parser = Parser(description="Turn text into the token files that train.py reads.")
     add = parser.add_argument
@@ -620,30 +621,29 @@ def main(argv=None):
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N files or rows")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
         help="fraction of the tokens, from the end, held out for validation")
-    with one_line_errors(UserError, OSError, if_memory_runs_out="lower --sample_size"):
-        args = parser.parse_args(argv)
-        on_ending_signals()
-        folder = Path("data", args.name or default_name(args.sources[0]))
-        tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
-        if args.vocab_size and tokenizer != "bpe":
-            raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
-        if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
-            raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
-        if ".." in folder.parts or folder == Path("data"):
-            raise UserError(f"--name must be the name of a folder in data, not {folder}")
-        if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:
-            raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "
-                            "can then no longer be resumed)")
-        started = time.perf_counter()
-        meta = prepare(args.sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
-                       args.val_fraction)
-        seconds = time.perf_counter() - started
-        documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
-        print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "
-              f"{meta['val']['tokens']:,} for validation, tokenizer {meta['tokenizer']} with "
-              f"{meta['vocab_size']:,} tokens\n{duration(seconds)}, {tokens / seconds:,.0f} tokens/s")
-        if meta["tokenizer"] != "bytes":
-            show_tokens(meta, folder)
+    args = parser.parse_args(argv)
+    on_ending_signals()
+    folder = Path("data", args.name or default_name(args.sources[0]))
+    tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
+    if args.vocab_size and tokenizer != "bpe":
+        raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
+    if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
+        raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
+    if ".." in folder.parts or folder == Path("data"):
+        raise UserError(f"--name must be the name of a folder in data, not {folder}")
+    if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:
+        raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "
+                        "can then no longer be resumed)")
+    started = time.perf_counter()
+    meta = prepare(args.sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
+                   args.val_fraction)
+    seconds = time.perf_counter() - started
+    documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
+    print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "
+          f"{meta['val']['tokens']:,} for validation, tokenizer {meta['tokenizer']} with "
+          f"{meta['vocab_size']:,} tokens\n{duration(seconds)}, {tokens / seconds:,.0f} tokens/s")
+    if meta["tokenizer"] != "bytes":
+        show_tokens(meta, folder)
 
 
 if __name__ == "__main__":

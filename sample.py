@@ -186,38 +186,38 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
+@one_line_errors(UserError, ModelError, OSError,
+                 if_memory_runs_out="lower --num_samples, or choose a smaller --checkpoint")
 def main(argv=None):
-    advice = "lower --num_samples, or choose a smaller --checkpoint"
-    with one_line_errors(UserError, ModelError, OSError, if_memory_runs_out=advice):
-        args = parse_args(argv)
-        on_ending_signals()
-        device = choose_device(args.device)
-        dtype = choose_dtype(args.dtype, device)
-        prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
-        checkpoint = args.checkpoint or newest_checkpoint(*Path("out").glob("*"))
-        if not checkpoint:
-            raise UserError("there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")
-        if not args.checkpoint:
-            print(f"sampling from {checkpoint}", file=sys.stderr)
-        model, tokenizer = load_model(checkpoint)
-        if args.export and os.path.exists(args.export):
-            raise UserError(f"{args.export} already exists: choose another folder")
-        if args.export:
-            export(model, tokenizer, args.export)
-            print(f"wrote {args.export}")
-            return
-        tokenizer = get_tokenizer(*tokenizer)
-        length, block_size = len(encode_prompt(tokenizer, prompt)), model.config.block_size
-        if length > block_size:
-            print(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}",
-                  file=sys.stderr)
-        model = model.to(device, dtype)
-        options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
-        if args.show_probs:
-            generator = torch.Generator(device).manual_seed(args.seed)
-            show_probs(model, tokenizer, prompt, generator=generator, **options)
-        else:
-            print_samples(model, tokenizer, prompt, args.num_samples, seed=args.seed, **options)
+    args = parse_args(argv)
+    on_ending_signals()
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
+    checkpoint = args.checkpoint or newest_checkpoint(*Path("out").glob("*"))
+    if not checkpoint:
+        raise UserError("there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")
+    if not args.checkpoint:
+        print(f"sampling from {checkpoint}", file=sys.stderr)
+    model, tokenizer = load_model(checkpoint)
+    if args.export and os.path.exists(args.export):
+        raise UserError(f"{args.export} already exists: choose another folder")
+    if args.export:
+        export(model, tokenizer, args.export)
+        print(f"wrote {args.export}")
+        return
+    tokenizer = get_tokenizer(*tokenizer)
+    length, block_size = len(encode_prompt(tokenizer, prompt)), model.config.block_size
+    if length > block_size:
+        print(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}",
+              file=sys.stderr)
+    model = model.to(device, dtype)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    if args.show_probs:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        show_probs(model, tokenizer, prompt, generator=generator, **options)
+    else:
+        print_samples(model, tokenizer, prompt, args.num_samples, seed=args.seed, **options)
 
 
 if __name__ == "__main__":

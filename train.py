@@ -841,8 +841,10 @@ def last_written(out):
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+@one_line_errors(UserError, ModelError, OSError,
+                 if_memory_runs_out="lower --batch_size, or choose a smaller --model or --block_size")
 @record     # makes torchrun's report say which rank failed, and why
-def start(argv):
+def main(argv=None):
     args, saved = parse_args(argv)
     written = last_written(args.out)
     world = World(choose_device(args.device))
@@ -872,12 +874,6 @@ def start(argv):
                         "another --out; earlier checkpoints can still be resumed") from error
     finally:
         world.close()
-
-
-def main(argv=None):
-    advice = "lower --batch_size, or choose a smaller --model or --block_size"
-    with one_line_errors(UserError, ModelError, OSError, if_memory_runs_out=advice):
-        start(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
