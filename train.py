@@ -599,32 +599,26 @@ def restore(run, meta):
 
 
 def describe(run, dtype):
-    """Prints what this run will do."""
+    """Prints what this run will do, and in a dry run, how much time and memory that would take."""
     args, batches, sequences, done = run.args, run.batches, run.batches.sequences, run.state.step
     epochs = (run.state.offset + (run.total_steps - done) * args.global_batch_size) / len(sequences)
+    tokens_per_step = args.global_batch_size * args.block_size
     run.world.print(
         f"training {args.init or args.model} on {run.world.device.type} in {str(dtype)[6:]} ("
         f"{'a' if torch.cuda.is_available() else 'no'} CUDA GPU available); "
         f"{'nothing is written' if args.dry_run else f'writing to {args.out}'}\n"
         f"{run.model.num_params():,} parameters; {args.data}: {len(sequences):,} sequences of "
-        f"{sequences.block_size} tokens\n"
+        f"{args.block_size} tokens\n"
         f"each step: {run.world.size} processes x {batches.share // batches.micro_batch_size} micro-batches "
-        f"x {batches.micro_batch_size} sequences = {tokens_per_step(run):,} tokens\n"
+        f"x {batches.micro_batch_size} sequences = {tokens_per_step:,} tokens\n"
         f"{run.total_steps:,} steps, {epochs:.2f} epochs" + (f", {done:,} of them done" if done else ""))
     if done >= run.total_steps:
         run.world.print("all steps are done: raise --max_steps or --epochs to train further")
-
-
-def tokens_per_step(run):
-    return run.args.global_batch_size * run.batches.sequences.block_size
-
-
-def dry_run(run):
-    """Prints how long all steps would take, and how much memory."""
-    seconds = seconds_per_step(run)
-    left = duration(seconds * max(0, run.total_steps - run.state.step))
-    run.world.print(f"{tokens_per_step(run) / seconds:,.0f} tokens/s; {left} for all steps, without "
-                    f"evaluations; at least {peak_memory(run.world.device) / 1e9:.2f} GB in each process")
+    if args.dry_run:
+        seconds = seconds_per_step(run)
+        left = duration(seconds * max(0, run.total_steps - done))
+        run.world.print(f"{tokens_per_step / seconds:,.0f} tokens/s; {left} for all steps, without "
+                        f"evaluations; at least {peak_memory(run.world.device) / 1e9:.2f} GB in each process")
 
 
 def peak_memory(device):
@@ -665,8 +659,9 @@ class Log:
         now, (last_step, last) = time.perf_counter(), self.last
         pace = (now - last) / (step - last_step)        # seconds per step, lately
         left = duration(pace * (self.run.total_steps - step))
+        tokens = self.run.args.global_batch_size * self.run.args.block_size
         self.write("epoch {epoch:.2f} | loss {loss:.4f} | lr {lr:.2e} | {tokens_per_second:,.0f} tokens/s | "
-                   f"{left} left", step, **metrics, tokens_per_second=tokens_per_step(self.run) / pace,
+                   f"{left} left", step, **metrics, tokens_per_second=tokens / pace,
                    seconds=now - self.started)
         self.last = step, now
 
@@ -857,7 +852,6 @@ def main(argv=None):
         del saved       # its memory is no longer needed
         describe(run, dtype)
         if args.dry_run:
-            dry_run(run)
             return
         with held(args.out) if world.rank == 0 else nullcontext():
             if last_written(args.out) != written:
