@@ -553,10 +553,11 @@ def evaluate_and_save(run):
         loss, error = evaluate(run.model, run.val_sequences, n, *options)
     # Bits per byte let models with different tokenizers be compared. One nat is 1 / ln 2 bits.
     bits_per_byte = loss / math.log(2) * run.data["val"]["tokens"] / max(1, run.data["val"]["bytes"])
-    run.log.validation(run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
+    run.log.write("validation loss {val_loss:.4f} ± {val_stderr:.4f} | {bits_per_byte:.3f} bits per byte",
+                  run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
     show_sample_and_curves(run)
     run.model.train()
-    run.log.start_clock()       # tokens/s counts training only
+    run.log.last = run.state.step, time.perf_counter()      # tokens/s counts training only
 
 
 def save(run, name):
@@ -649,11 +650,8 @@ class Log:
                                           config=vars(run.args), dir=run.args.out)
         self.append(started_at_step=run.state.step, args=vars(run.args), commit=commit(),
                     python=sys.version.split()[0], torch=torch.__version__)
-        self.start_clock()
         self.started = time.perf_counter()
-
-    def start_clock(self):
-        self.last = self.run.state.step, time.perf_counter()
+        self.last = run.state.step, self.started        # a step, and when it was done
 
     def training(self, step, **metrics):
         now, (last_step, last) = time.perf_counter(), self.last
@@ -664,10 +662,6 @@ class Log:
                    f"{left} left", step, **metrics, tokens_per_second=tokens / pace,
                    seconds=now - self.started)
         self.last = step, now
-
-    def validation(self, step, **metrics):
-        self.write("validation loss {val_loss:.4f} ± {val_stderr:.4f} | {bits_per_byte:.3f} bits per byte",
-                   step, **metrics)
 
     def write(self, line, step, **metrics):
         self.run.world.print(f"step {step:,}/{self.run.total_steps:,} | {line.format(**metrics)}")
