@@ -825,17 +825,13 @@ def parse_args(argv):
     return parser.parse_args(argv), saved
 
 
-def last_written(out):
-    path = Path(out, "last.pt")
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
 @one_line_errors(UserError, ModelError, OSError,
                  if_memory_runs_out="lower --batch_size, or choose a smaller --model or --block_size")
 @record     # makes torchrun's report say which rank failed, and why
 def main(argv=None):
     args, saved = parse_args(argv)
-    written = last_written(args.out)
+    last = Path(args.out, "last.pt")
+    written = last.exists() and last.stat().st_mtime_ns
     world = World(choose_device(args.device))
     try:
         keep_freed_memory()
@@ -848,7 +844,7 @@ def main(argv=None):
         if args.dry_run:
             return
         with held(args.out) if world.rank == 0 else nullcontext():
-            if last_written(args.out) != written:
+            if written != (last.exists() and last.stat().st_mtime_ns):
                 raise UserError(f"another process has just written to {args.out}: start again")
             run.log = Log(run)
             deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
