@@ -568,10 +568,11 @@ def one_line_errors(*kinds, if_memory_runs_out):
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             message = f"this needs the package {package}: pip install {package}"
-        elif isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
-            message = f"out of memory: {if_memory_runs_out}"
         elif not isinstance(error, kinds):
-            raise
+            signs = ("out of memory", "allocate memory")
+            if not isinstance(error, MemoryError) and not any(sign in message for sign in signs):
+                raise
+            message = f"out of memory: {if_memory_runs_out}"
         sys.stderr.write(f"error: {' '.join(message.split())}\n")       # one line, whatever it quotes
         raise SystemExit(2) from error
 

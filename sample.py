@@ -48,7 +48,7 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=13
 
 def encode_prompt(tokenizer, prompt):
     """Returns the tokens of a prompt. Unlike in prepare.py, <|endoftext|> in it is ordinary text."""
-    pieces = read_text(io.StringIO(prompt), "the prompt")       # tiktoken fails on a million spaces
+    pieces = read_text(io.StringIO(prompt))     # tiktoken fails on a million spaces
     return [token for text, _ in pieces for token in tokenizer.encode_ordinary(text)] or [tokenizer.eot_token]
 
 

@@ -439,7 +439,7 @@ def bench_ranks(repeats):
     prepare.prepare(["python"], "data/python", "bytes")
 
     def speed(launcher, out):
-        rows, _ = run(launcher, f"{out}{time.time()}", "--max_steps", "150")
+        rows, _ = run(launcher, f"{out}{time.time()}", "--max_steps", "9999", "--max_minutes", "1")
         return statistics.median(row["tokens_per_second"] for row in rows[1:] if "loss" in row)
 
     two, one = medians(repeats, lambda: speed(TORCHRUN, "two"), lambda: speed([sys.executable], "one"))
