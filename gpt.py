@@ -22,7 +22,6 @@ import sys
 import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -194,7 +193,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) yields n tokens.
 
-    GPUs prefer matrix sizes that are multiples of 64, and 50,257 is not: so the vocabulary is padded with
+    GPUs prefer matrix sizes that are multiples of 64, and 50,257 is not. So the vocabulary is padded with
     tokens of probability 0. They are never sampled, and not counted in loss, parameter count or export."""
 
     def __init__(self, config, fused=True):
@@ -207,7 +206,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.ln_f = ops.LayerNorm(config)
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
-        if config.tied:     # one table to read and to predict with: a logit is the product of x and a row
+        if config.tied:     # one table to read and to predict with (a logit is the product of x and a row)
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
@@ -397,7 +396,7 @@ class FusedLayerNorm(LayerNorm):
 
 
 FORMULAS = SimpleNamespace(gelu=gelu, attention=attention, cross_entropy=cross_entropy, LayerNorm=LayerNorm)
-KERNELS = SimpleNamespace(gelu=partial(F.gelu, approximate="tanh"), attention=fused_attention,
+KERNELS = SimpleNamespace(gelu=nn.GELU("tanh"), attention=fused_attention,
                           cross_entropy=chunked_cross_entropy, LayerNorm=FusedLayerNorm)
 
 

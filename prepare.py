@@ -148,7 +148,7 @@ def encode(tokenizer, pieces):
     it), as a long file arrives in several pieces."""
     tokens = []
     for text, ends_document in pieces:
-        # "all": a literal <|endoftext|> in the text becomes that token: it also ends a document.
+        # "all": a literal <|endoftext|> in the text becomes that token, and so ends a document, too.
         tokens.append(tokenizer.encode_to_numpy(text, allowed_special="all"))
         if ends_document:
             tokens.append(np.array([tokenizer.eot_token], TOKEN))

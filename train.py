@@ -118,9 +118,9 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon", [AdamW, Muon]: then Muon trains the matrices of the blocks, AdamW the
-    rest, and the other matrices (embeddings, lm_head) learn and decay 4 times as fast. `update` multiplies
-    their learning rate by lr_scale. docs/benchmarks.md compares other values.
+    """Returns [AdamW] or, for "muon", [AdamW, Muon]. Then Muon, explained after the loop, trains the matrices
+    of the blocks, and AdamW the rest. The other matrices (embeddings, lm_head) then learn and decay 4 times
+    as fast: `update` multiplies their learning rate by lr_scale. docs/benchmarks.md compares other values.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. So how far a weight moves does not depend on the scale of its
@@ -195,7 +195,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
     its standard error: how much it would typically vary with other text. Each rank evaluates some of them.
-    During training, count is --eval_sequences; after the last step, it is all of the validation split."""
+    During training, count is --eval_sequences. After the last step, it is all of the validation split."""
     chosen = np.arange(count) * len(sequences) // count
     mine = chosen[world.rank::world.size]
     total = squares = batches = 0
