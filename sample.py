@@ -139,7 +139,6 @@ def export(model, tokenizer, folder):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_object, bos_token=end, eos_token=end, unk_token=end,
         model_max_length=model.config.block_size).save_pretrained(folder)
-    Path(folder, "vocabulary.tiktoken").unlink(missing_ok=True)
     if tokenizer[0] != "gpt2":      # load_model looks for it
         Path(folder, "vocabulary.tiktoken").write_text(text)
 
