@@ -503,15 +503,13 @@ def show_tokens(meta, folder):
         return [token_text(tokenizer, token) for token in tokens if token != tokenizer.eot_token]
 
     if meta["tokenizer"] == "bpe":
-        end = tokenizer.eot_token
-        print("first merges:", *map(repr, pieces(range(256, min(272, end)))))
-        print("last merges:", *map(repr, pieces(range(max(256, end - 16), end))))
+        merges = [repr(piece) for piece in pieces(range(256, tokenizer.eot_token))]
+        print("first merges:", *merges[:16])
+        print("last merges:", *merges[-16:])
     print("the first tokens for validation:")
     split = pieces(load_tokens(folder, "val")[:100])
-    if in_colour():
-        print("".join(f"\033[{44 + i % 2}m{piece}" for i, piece in enumerate(split)) + "\033[0m")
-    else:
-        print("|".join(split))
+    coloured = "".join(f"\033[{44 + i % 2}m{piece}" for i, piece in enumerate(split)) + "\033[0m"
+    print(coloured if in_colour() else "|".join(split))
 
 
 # ------------------------------------------------------------------------------ command lines
@@ -549,9 +547,8 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 def one_line_errors(*kinds, if_memory_runs_out):
     """On an exception of these kinds, or if memory runs out or an optional package is missing, ends the
     program with one line and exit status 2; on Ctrl-C, with 130."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:      # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout = sys.stdout or open(os.devnull, "w")        # closed by the shell
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     with suppress(AttributeError):      # notebooks have a different stdout
         sys.stdout.reconfigure(errors="replace")        # for consoles that cannot show all characters
     try:
