@@ -127,8 +127,7 @@ def tokenizer_parts(name, vocabulary=""):
     pat_str is the regular expression that splits text into words. In a word, tokens are merged in the order
     in which they were learned: mergeable_ranks maps bytes to numbers. Merging never makes special_tokens."""
     if name == "gpt2":
-        with download_errors(name):
-            return tiktoken_ext.openai_public.gpt2()
+        return gpt2_parts()
     ranks = {bytes([i]): i for i in range(256)}
     for line in vocabulary.splitlines():
         token, rank = line.split()
@@ -204,13 +203,12 @@ class UserError(ValueError):
     """A user's mistake. The message says in one line what is wrong and how to fix it."""
 
 
-@contextmanager
-def download_errors(name):
+def gpt2_parts():
     try:
-        yield
+        return tiktoken_ext.openai_public.gpt2()
     except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
-        raise UserError(f"the vocabulary of {name} could not be downloaded: set TIKTOKEN_CACHE_DIR to a "
-                        "folder that has it, or use --tokenizer bpe, which needs no download") from error
+        raise UserError("the vocabulary of gpt2 could not be downloaded: set TIKTOKEN_CACHE_DIR to a folder "
+                        "that has it, or use --tokenizer bpe, which needs no download") from error
 
 
 def choose_tokenizer(name, vocab_size, pieces, val_fraction):
@@ -255,8 +253,7 @@ def encode_all(pieces, parts):
             pending.append(pool.submit(encode, tokenizer, batch))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def statistics(path, tokenizer):
