@@ -435,7 +435,8 @@ def new_folder(folder):
     """Yields an empty folder inside this one. At the end, its files move to this one, meta.json last. After
     an exception, this folder is as it was before."""
     new = folder / ".unfinished"
-    rubbish = new if os.path.isdir(os.path.abspath(folder)) else folder     # its name may have a ".."
+    # What to remove in the end: after a failure, all of a folder that did not exist. (abspath is for "..")
+    rubbish = new if os.path.isdir(os.path.abspath(folder)) else folder
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process
         try:
@@ -541,9 +542,9 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 
 
 @contextmanager
-def one_line_errors(*kinds, if_memory_runs_out):
-    """On an exception of these kinds, or if memory runs out or an optional package is missing, ends the
-    program with one line and exit status 2; on Ctrl-C, with 130."""
+def one_line_errors(*kinds, out_of_memory):
+    """On a UserError, an OSError or an exception of these kinds, and if memory runs out or an optional
+    package is missing, ends the program with one line and exit status 2; on Ctrl-C, with 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")        # closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with suppress(AttributeError):      # notebooks have a different stdout
@@ -562,11 +563,11 @@ def one_line_errors(*kinds, if_memory_runs_out):
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             message = f"this needs the package {package}: pip install {package}"
-        elif not isinstance(error, kinds):
+        elif not isinstance(error, (UserError, OSError, *kinds)):
             signs = ("out of memory", "allocate memory")
             if not isinstance(error, MemoryError) and not any(sign in message for sign in signs):
                 raise
-            message = f"out of memory: {if_memory_runs_out}"
+            message = f"out of memory: {out_of_memory}"
         sys.stderr.write(f"error: {' '.join(message.split())}\n")       # one line, whatever it quotes
         raise SystemExit(2) from error
 
@@ -599,7 +600,7 @@ def default_name(source):
     return name.replace(":", "-") or "text"
 
 
-@one_line_errors(UserError, OSError, if_memory_runs_out="lower --sample_size")
+@one_line_errors(out_of_memory="lower --sample_size")
 def main(argv=None):
     parser = Parser(description="Turn text into the token files that train.py reads.")
     add = parser.add_argument

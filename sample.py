@@ -185,8 +185,7 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-@one_line_errors(UserError, ModelError, OSError,
-                 if_memory_runs_out="lower --num_samples, or choose a smaller --checkpoint")
+@one_line_errors(ModelError, out_of_memory="lower --num_samples, or choose a smaller --checkpoint")
 def main(argv=None):
     args = parse_args(argv)
     on_ending_signals()

@@ -818,8 +818,7 @@ def parse_args(argv):
     return parser.parse_args(argv), saved
 
 
-@one_line_errors(UserError, ModelError, OSError,
-                 if_memory_runs_out="lower --batch_size, or choose a smaller --model or --block_size")
+@one_line_errors(ModelError, out_of_memory="lower --batch_size, or choose a smaller --model or --block_size")
 @record     # makes torchrun's report say which rank failed, and why
 def main(argv=None):
     args, saved = parse_args(argv)
