@@ -497,8 +497,8 @@ def from_pretrained(source):
             ours.copy_(weight)
         return model.eval()
     except Exception as error:      # also of a bad folder, or a problem of the Hub
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ModelError(f"{source} is no GPT-2 in Hugging Face's format, in a folder or on their Hub "
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{source} is not a GPT-2 in Hugging Face's format, in a folder or on their Hub "
                          f"({reason})") from error
 
 

@@ -139,7 +139,7 @@ def test_a_name_on_the_hub_can_be_sampled_from(hub, gpt2, capsys, name):
 
 def test_a_name_that_is_not_there_is_reported_in_one_line(hub, fails):
     fails(sample.main, ["--checkpoint", "nobody/nothing"],
-          "nobody/nothing is no GPT-2 in Hugging Face's format, in a folder or on their Hub")
+          "nobody/nothing is not a GPT-2 in Hugging Face's format, in a folder or on their Hub")
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning

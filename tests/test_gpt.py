@@ -378,16 +378,16 @@ def test_a_hugging_face_folder_may_have_a_whole_number_as_dropout(model, tmp_pat
 def test_a_hugging_face_folder_of_another_kind_is_refused(model, tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ModelError, match="folder is no GPT-2 in Hugging Face's format"):
+    with pytest.raises(ModelError, match="folder is not a GPT-2 in Hugging Face's format"):
         GPT.from_pretrained("folder")
     model.save_pretrained("folder")
     config = tmp_path / "folder" / "config.json"
     text = config.read_text()
     for before, after, message in [
-            ('"gelu_new"', '"relu"', "is no GPT-2 .* its activation_function is 'relu', not 'gelu_new'"),
-            ('"n_layer": 2', '"n_layer": 1', r"is no GPT-2 .* its weights do not match: see .*h\.1\."),
-            ('"n_layer": 2', '"n_layer": 3', r"is no GPT-2 .* its weights do not match: see .*h\.2\."),
-            ('"n_positions": 16', '"n_positions": 17', "is no GPT-2")]:
+            ('"gelu_new"', '"relu"', "is not a GPT-2 .*its activation_function is 'relu', not 'gelu_new'"),
+            ('"n_layer": 2', '"n_layer": 1', r"is not a GPT-2 .*its weights do not match: see .*h\.1\."),
+            ('"n_layer": 2', '"n_layer": 3', r"is not a GPT-2 .*its weights do not match: see .*h\.2\."),
+            ('"n_positions": 16', '"n_positions": 17', "is not a GPT-2")]:
         assert before in text
         config.write_text(text.replace(before, after))
         with pytest.raises(ModelError, match=f"folder {message}"):
