@@ -8,11 +8,11 @@
 B is the batch size (sequences side by side), T time (positions in a sequence), C channels (the width of the
 vector at each position), H attention heads, D head size (H * D = C), V the vocabulary size. A token is a
 number below V, made from text by prepare.py. Parameters are named as in OpenAI's release: wte and wpe are
-embeddings, tables with one learned vector for each token and each position; h are the blocks; c_attn, c_fc
-and c_proj linear layers. Logits are scores, one for each token. A softmax turns them into probabilities.
+embedding tables, with a learned vector for each token and for each position. h holds the blocks. c_attn, c_fc
+and c_proj are linear layers. Logits are scores, one per token, which a softmax turns into probabilities.
 
-GELU, attention, cross-entropy and LayerNorm exist twice: as FORMULAS, to be read, and as KERNELS (below the
-banner), which run faster, and by default. They agree up to rounding. A layer gets one of these sets as `ops`.
+GELU, attention, cross-entropy and LayerNorm exist twice: as FORMULAS, for reading, and as KERNELS (below the
+banner), which are faster, and the default. The two agree up to rounding. Each layer gets one set as `ops`.
 Left out: training (train.py), text (prepare.py, sample.py), and architectures newer than GPT-2.
 """
 
@@ -87,9 +87,9 @@ def attention(q, k, v, dropout):
     weight on one position.
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
-    minus infinity, which the softmax turns into a weight of 0. On the left for 3 positions; on the right for
-    1 new position after 3 kept ones. fused_attention, the kernel that runs by default, gets the left mask
-    from is_causal=True, and needs none on the right, where nothing is hidden.
+    minus infinity, which the softmax turns into a weight of 0. Left: 3 positions. Right: 1 new position
+    after 3 earlier ones. fused_attention, the kernel that runs by default, gets the left mask from
+    is_causal=True, and needs none on the right, where nothing is hidden.
 
                     key 0  1  2                           key 0  1  2  3
         query 0         .  x  x            query 3            .  .  .  .
@@ -106,15 +106,15 @@ def attention(q, k, v, dropout):
 
 def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
-    bits). x is (B, T, C), targets (B, T); weight is that of lm_head, with some rows of padding (see GPT). It
+    bits). x is (B, T, C), targets (B, T), and weight is lm_head's, with its rows of padding (see GPT). It
     takes x rather than logits, so that the fast version never has to hold all logits at once."""
     logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
 
 class LayerNorm(nn.Module):
-    """Shifts and scales the C channels of each position to mean 0 and variance 1, then multiplies each by a
-    learned weight and adds a learned bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
+    """Shifts and scales the C channels of each position to mean 0 and variance 1, then multiplies each
+    channel by a learned weight and adds a learned bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
 
     def __init__(self, config):
         super().__init__()
@@ -206,7 +206,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.ln_f = ops.LayerNorm(config)
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
-        if config.tied:     # one table to read and to predict with (a logit is the product of x and a row)
+        if config.tied:     # one table to read and predict tokens (a logit is x's dot product with a row)
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
@@ -243,7 +243,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """(..., C) -> one number for each token, (..., V)."""
+        """(..., C) -> a score for each token of the vocabulary, (..., V)."""
         return self.lm_head(x)[..., :self.config.vocab_size]
 
     @torch.inference_mode()
@@ -294,10 +294,10 @@ class KVCache:
 
 def next_token(logits, temperature, top_k, top_p, generator):
     """Draws a token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature). A temperature
-    below 1 sharpens the distribution, above 1 flattens it; at 0, it is always the likeliest token (greedy).
+    below 1 sharpens the distribution, one above 1 flattens it, and 0 always picks the likeliest (greedy).
     top_k keeps the k likeliest tokens and any tied with them (Fan et al. 2018,
-    https://arxiv.org/abs/1805.04833), top_p then the fewest whose probabilities add up to p (nucleus
-    sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
+    https://arxiv.org/abs/1805.04833). top_p then keeps the fewest whose probabilities add up to at least p
+    (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
     logits = (logits - logits.amax(1, keepdim=True)) / temperature          # <= 0: no overflow to inf
@@ -334,7 +334,7 @@ PADDED = ("cuda",)      # device types where the head size is padded
 def fused_attention(q, k, v, dropout):
     """The same as attention, with PyTorch's fused kernel, which never holds all scores at once."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
-    # Without a cache, is_causal is the mask. A single new position may see everything: it needs none.
+    # If T == S, is_causal makes the mask. A single new position may attend to all others: it needs no mask.
     assert T == S or T == 1
     if torch.is_grad_enabled() and T <= 256 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attention(q, k, v, dropout)      # the kernel's backward pass is slow there
@@ -344,8 +344,8 @@ def fused_attention(q, k, v, dropout):
     return y[..., :D]
 
 
-# For GPT-2, the logits of so many rows take 100 MB in 16 bits. A gradient of the weight is a sum over them:
-# with more rows, it might exceed 65,504, the largest float16.
+# For GPT-2, the logits of this many rows take 100 MB in 16 bits. A chunk's gradient of the weight is a sum
+# over its rows: with more rows, it might exceed 65,504, the largest float16.
 ROWS_AT_ONCE = 1024
 
 
@@ -359,8 +359,8 @@ def chunked_cross_entropy(x, weight, targets, vocab_size):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of -ln(probability of the target) over the rows of x (N, C), a chunk of rows at a time. The
     gradient of a row's logits is softmax(logits) - onehot(target), known as soon as the logits are. So
-    forward also computes the gradients of x and weight, and discards the logits. backward only scales them.
-    """
+    forward also computes the gradients of x and weight, and discards the logits. backward only scales these
+    gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):

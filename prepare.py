@@ -51,8 +51,8 @@ TOKEN = np.dtype("<u2")         # a token on disk: little-endian uint16
 
 # --------------------------------------------------------------------------------- tokenizers
 
-# How "bpe" splits text into words. Marks (\p{M}) stay with their letters (\p{L}), as Hindi, Thai and Tamil
-# write vowels with them. docs/benchmarks.md compares this pattern with others.
+# How "bpe" splits text into words. Marks (\p{M}) stay with their letters (\p{L}), because Hindi, Thai and
+# Tamil write many vowels as marks. docs/benchmarks.md compares this pattern with others.
 WORD = "|".join([
     r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
     r" ?\p{N}{1,3}",                              # up to three digits
@@ -72,9 +72,9 @@ def learn_vocabulary(word_counts, max_tokens):
     max_tokens or no pair occurs twice. This is greedy: each merge is the one that shortens the text most now.
     Another set of merges might shorten it more in the end, but there are too many to try.
 
-    Text is cut into words first, and no token reaches across words, so "the dog" and "the cat" share "the".
-    It also saves time: a word that occurs a million times is merged once."""
-    words, counts = [list(word) for word in word_counts], list(word_counts.values())    # at first, of bytes
+    Text is cut into words first, and no token spans two words, so "the dog" and "the cat" share "the".
+    This also saves time: a word that occurs a million times is merged once."""
+    words, counts = [list(word) for word in word_counts], list(word_counts.values())    # starting from bytes
     pair_counts, words_with = Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for pair in pairwise(word):
@@ -87,7 +87,7 @@ def learn_vocabulary(word_counts, max_tokens):
         negative, pair = heappop(heap)
         count = pair_counts[pair]
         # Merges change pair_counts, but not the heap. Its counts can only be too high: all pairs that a merge
-        # creates contain the new token, so older pairs just become rarer. Put such a pair back, corrected.
+        # creates contain the new token, so older pairs only get rarer. If this one did, correct its count.
         if -negative > count:
             heappush(heap, (-count, pair))
             continue
@@ -124,8 +124,8 @@ def tokenizer_parts(name, vocabulary=""):
     """Returns what tiktoken.Encoding(**parts) needs for "gpt2", "bytes" or "bpe". For "bpe", vocabulary is
     text in tiktoken's format: one line per token, with its bytes in base 64 and its number.
 
-    pat_str is the regular expression that splits text into words. In a word, tokens are merged in the order
-    in which they were learned: mergeable_ranks maps bytes to numbers. Merging never makes special_tokens."""
+    pat_str is the regular expression that splits text into words. Within a word, pairs are merged in the
+    order in which they were learned: mergeable_ranks maps bytes to numbers. special_tokens never merge."""
     if name == "gpt2":
         return gpt2_parts()
     ranks = {bytes([i]): i for i in range(256)}
@@ -312,7 +312,7 @@ def find_files(source, folder):
 
 
 def walk(path, within=()):
-    """Yields a file, or all files in a folder and its subfolders. Follows links, skips hidden ones."""
+    """Yields a file, or all files in a folder and its subfolders, except hidden ones. Follows links."""
     if path.is_file():
         yield path
     elif path.is_dir() and path.resolve() not in within:        # guards against loops of links
@@ -322,7 +322,7 @@ def walk(path, within=()):
 
 
 def download(url, folder):
-    """Downloads a file into a folder and returns its path. Raises UserError if that fails half-way."""
+    """Downloads a file into a folder and returns its path. Raises UserError if that fails."""
     path = Path(tempfile.mkdtemp(dir=folder), os.path.basename(url.partition("?")[0]))
     print(f"downloading {url}", file=sys.stderr)
     try:
@@ -373,8 +373,8 @@ def read_file(path):
 
 def read_text(file):
     """Cuts a long text where that does not change the tokens: before the white space that follows a word,
-    where every tokenizer starts a new one. "two words" is cut into "two" and " words". Where there is no such
-    position, it is cut at the end, and the tokens around it may differ."""
+    where every tokenizer starts a new word. "two words" is cut into "two" and " words". If there is no such
+    position, the text is cut anyway, and the tokens around the cut may differ."""
     if not (rest := file.read(CHUNK)):
         return
     while block := file.read(CHUNK):
@@ -413,7 +413,7 @@ def table_rows(source):
 
 
 def read_rows(rows, where):
-    """Yields pieces of each row's text, nothing if it is empty."""
+    """Yields the pieces of each row's text: none if it is empty, (None, True) if it is null."""
     for number, row in enumerate(rows, start=1):
         text = row.get("text", 0) if isinstance(row, dict) else 0
         if text is None:
@@ -432,10 +432,10 @@ FORMAT = 3      # version of its files
 
 @contextmanager
 def new_folder(folder):
-    """Yields an empty folder inside this one. At the end, its files move to this one, meta.json last. After
-    an exception, this folder is as it was before."""
+    """Yields an empty folder inside `folder`. At the end, its files move up into `folder`, meta.json last.
+    After an exception, `folder` is as it was before."""
     new = folder / ".unfinished"
-    # What to remove in the end: after a failure, all of a folder that did not exist. (abspath is for "..")
+    # What to remove at the end: if this fails, a folder that did not exist before. (abspath is for "..")
     rubbish = new if os.path.isdir(os.path.abspath(folder)) else folder
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process
@@ -543,8 +543,8 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 
 @contextmanager
 def one_line_errors(*kinds, out_of_memory):
-    """On a UserError, an OSError or an exception of these kinds, and if memory runs out or an optional
-    package is missing, ends the program with one line and exit status 2; on Ctrl-C, with 130."""
+    """Ends the program with one line and exit status 2 on a UserError, an OSError, an exception of these
+    kinds, a missing optional package, or a lack of memory. On Ctrl-C, the exit status is 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")        # closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with suppress(AttributeError):      # notebooks have a different stdout

@@ -26,9 +26,9 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=13
     """Continues a prompt num_samples times in one batch; the options are those of GPT.generate. After each
     token, yields the text that it adds to each sample, a list of strings.
 
-    A token may be only part of a character. Then it adds "", and the character appears once it is complete,
-    or as \ufffd at the end. A sample ends at <|endoftext|>, and generation when all samples have. An empty
-    prompt starts a new document."""
+    A token may be only part of a character. Then it adds "", and the character appears once it is complete
+    (or as \ufffd at the end, if it never is). A sample ends at <|endoftext|>, and generation ends with the
+    last sample. An empty prompt starts a new document."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
@@ -173,7 +173,7 @@ def parse_args(argv):
     add("--export", metavar="FOLDER",
         help="write the model and its tokenizer for Hugging Face's transformers, and exit")
     add("--num_samples", type=positive_int, default=1, help="number of continuations to generate")
-    add("--max_new_tokens", type=positive_int, default=200, help="maximum tokens of each")
+    add("--max_new_tokens", type=positive_int, default=200, help="maximum number of tokens in each")
     add("--temperature", type=checked(float, lambda t: 0 <= t < float("inf"), "at least 0"), default=0.8,
         help="0: always the likeliest token; 1: the model's own odds; above: more varied")
     add("--top_k", type=positive_int, default=50, help="sample only from this many of the likeliest tokens")
@@ -194,7 +194,7 @@ def main(argv=None):
     prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
     checkpoint = args.checkpoint or newest_checkpoint(*Path("out").glob("*"))
     if not checkpoint:
-        raise UserError("there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")
+        raise UserError("there is no checkpoint in out/: run train.py first, or pass one with --checkpoint")
     if not args.checkpoint:
         print(f"sampling from {checkpoint}", file=sys.stderr)
     model, tokenizer = load_model(checkpoint)

@@ -8,13 +8,13 @@ out/NAME gets last.pt (everything --resume needs), best.pt (weights with the low
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
 A rank is one of the processes that train together; `world` is all of them. A step learns from one global
-batch of sequences. Each rank takes an equal part of it and works through that in micro-batches, as many
-sequences at a time as fit into memory. Then all ranks update their weights identically.
+batch of sequences. Each rank takes an equal part of it and works through it in micro-batches of at most
+--batch_size sequences, as memory allows. Then all ranks update their weights identically.
 
-last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped, to a new
-file that then replaces it: if the machine dies meanwhile, the previous one is intact. A run that is stopped
-and resumed computes exactly what it would have without the stop (on a CPU, bit for bit): a step depends only
-on the flags, the data and last.pt. Left out: models too large for one GPU.
+last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped: first to a
+temporary file, which then replaces the old last.pt. If the machine dies meanwhile, the old one is intact. A
+run that is stopped and resumed computes exactly what it would have without the stop (on a CPU, bit for bit):
+a step depends only on the flags, the data and last.pt. Left out: models too large for one GPU.
 """
 
 import argparse
@@ -48,8 +48,8 @@ from sample import complete, load_model
 # --------------------------------------------------------------------- the order of the data
 
 class Sequences:
-    """Tokens as sequences of block_size + 1, one starting every `stride` tokens. All but the last are inputs,
-    all but the first are targets: at each position, the target is the token that comes next. Position 0
+    """Sequences of block_size + 1 tokens, one starting every `stride` tokens. In each, all but the last token
+    are inputs and all but the first are targets: at each position, the target is the next token. Position 0
     predicts it from one token, position 1 from two, and so on: block_size examples in one sequence.
 
     A sequence may begin in the middle of a document and contain several. Nothing hides one document from the
@@ -118,9 +118,9 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon", [AdamW, Muon]. Then Muon, explained after the loop, trains the matrices
-    of the blocks, and AdamW the rest. The other matrices (embeddings, lm_head) then learn and decay 4 times
-    as fast: `update` multiplies their learning rate by lr_scale. docs/benchmarks.md compares other values.
+    """Returns [AdamW] or, for "muon", [AdamW, Muon]. In that case, Muon (explained after the loop) trains
+    the matrices of the blocks, and AdamW the rest: vectors at the usual learning rate, embeddings and lm_head
+    at 4 times that (`update` applies lr_scale). docs/benchmarks.md compares other values.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. So how far a weight moves does not depend on the scale of its
@@ -154,7 +154,7 @@ def backward(model, micro_batches, scaler, autocast):
 
     Autocast runs matmuls in bfloat16 or float16, several times faster. The smallest positive float16 is 6e-8,
     and many gradients are smaller. So the scaler multiplies the loss by a large number, the loss scale, which
-    makes all gradients that much larger. `update` divides them by it again."""
+    makes all gradients that much larger. `update` later divides them by the same number."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
         # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP reads
@@ -168,8 +168,8 @@ def backward(model, micro_batches, scaler, autocast):
 
 
 def update(model, optimizers, scaler, loss, lr, grad_clip):
-    """Takes a step of the optimizers, unless the loss or a gradient is not finite: one such step would ruin
-    all weights. All ranks see the same averages of both, so they decide alike. Returns the norm of the
+    """Steps the optimizers, unless the loss or a gradient is not finite: a single such step would ruin all
+    weights. All ranks see the same averages of both, so they make the same decision. Returns the norm of the
     gradient, and whether the step was taken. A gradient whose norm is above grad_clip is scaled down to
     it, so that one outlier batch cannot do much damage."""
     for optimizer in optimizers:
@@ -182,9 +182,9 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
         if finite:
             optimizer.step()    # not scaler.step, which looks at the gradients of one optimizer only
         optimizer.zero_grad()
-    # Float16 only: if a gradient overflowed (grad_norm is inf), this halves the loss scale. After 2,000 good
-    # steps in a row, it doubles it. A skipped step counts, and its batch is not repeated. In other dtypes,
-    # check_finite ends the run at the first skip.
+    # Float16 only: this halves the loss scale if a gradient overflowed (grad_norm is inf), and doubles it
+    # after 2,000 good steps in a row. A skipped step counts like any other, and its batch is not repeated. In
+    # other dtypes, check_finite ends the run at the first skip.
     scaler.update()
     return grad_norm, finite
 
@@ -209,7 +209,7 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
     total, squares, batches = world.sum(total, squares, batches)
     mean = total / count
     # The standard error of a mean of n values is their standard deviation / sqrt(n). Here the values are the
-    # losses of n batches; n - 1, as their spread is measured around their own mean.
+    # losses of n batches. The divisor is n - 1, because their spread is measured around their own mean.
     variance = max(0.0, squares / count - mean ** 2)
     return mean, math.sqrt(variance / (batches - 1)) if batches > 1 else math.nan
 
@@ -255,8 +255,8 @@ def train(run, told_to_stop):
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
-        # world.sum adds up each number over all ranks, and all get the same sums: the mean of their losses,
-        # and how many were told to stop. So they all stop after the same step.
+        # world.sum adds up each number over all ranks: here their mean loss, and how many were told to stop.
+        # All ranks get the same sums, so they all stop after the same step.
         loss, stop = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         state.skipped = 0 if taken else state.skipped + 1
@@ -275,10 +275,10 @@ def train(run, told_to_stop):
 # --------------------------------------------------------------------------------------- Muon
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix along a running mean of its gradient, made orthogonal (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). Every matrix is a rotation, a stretching along some axes, and
+    """Moves each matrix against a running mean of its gradient, made orthogonal (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon). Every matrix is a rotation, a stretch along some axes, and
     another rotation: U S V^T. A gradient stretches a few directions most, and they would dominate the step.
-    Without the stretching, as U V^T, the weak directions learn as fast as the strong ones."""
+    With the stretch removed (U V^T), the weak directions learn as fast as the strong ones."""
 
     def __init__(self, groups, weight_decay, dtype):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
@@ -287,13 +287,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            [matrix] = group["params"]      # of one matrix, or of several below each other ("parts")
+            [matrix] = group["params"]      # one matrix, or several stacked vertically ("parts")
             mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
             mean.lerp_(matrix.grad, 1 - group["momentum"])
             direction = matrix.grad.lerp(mean, group["momentum"])       # the newest gradient again (Nesterov)
             parts = direction.view(group["parts"], -1, matrix.shape[1])
             # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scale that to 0.2,
-            # as AdamW's have (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+            # about the same as in AdamW's steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
             scale = 0.2 * math.sqrt(max(parts.shape[1:]))
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.sub_(orthogonalize(parts, self.dtype).view_as(matrix), alpha=group["lr"] * scale)
@@ -318,9 +318,9 @@ def orthogonalize(x, dtype):
 # You can stop here on a first reading: the training above is complete. Below: ranks and signals, safeguards,
 # how a run is set up and resumed, its log and curves, its flags.
 
-LARGE = 50_000_000      # from this many tokens on, the default model on a GPU is gpt2-92m
-SKIPS_IN_A_ROW = 20     # float16 steps skipped in a row after which the run ends
-SAVE_SECONDS = 600      # at most, between two versions of last.pt
+LARGE = 50_000_000      # with at least this many tokens, the default model on a GPU is gpt2-92m
+SKIPS_IN_A_ROW = 20     # after this many skipped steps in a row, a float16 run ends
+SAVE_SECONDS = 600      # save last.pt again when it is older than this
 PATIENCE = timedelta(minutes=10)        # how long a rank waits for another before it gives up
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "dropout")        # of --model, which flags can override
 
@@ -360,8 +360,8 @@ class World:
         if self.size == 1:
             return model
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        # After its first backward pass, DDP sums gradients in another order. A resumed run would switch at
-        # another step, and round differently: so every run begins with a pass that counts for nothing.
+        # After its first backward pass, DDP sums gradients in a different order. A resumed run would switch
+        # at a different step and round differently, so every run begins with a throwaway pass.
         with autocast:
             loss = model(*batches(0)[0])
         loss.backward()
@@ -378,7 +378,7 @@ class World:
 
     def print(self, text):
         if self.rank == 0:
-            with suppress(OSError, ValueError):     # the reader is gone, but training goes on
+            with suppress(OSError, ValueError):     # the reader is gone, but training continues
                 print(text, flush=True)
 
     def close(self):
@@ -765,7 +765,7 @@ def make_parser():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
     length.add_argument("--max_steps", type=positive_int, help="steps to take")
-    length.add_argument("--minutes", type=positive_float, help="plan the whole run for this time")
+    length.add_argument("--minutes", type=positive_float, help="plan the run to take this many minutes")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more per step, but costs more time when batches are small")
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
@@ -776,7 +776,7 @@ def make_parser():
     add("--grad_clip", type=positive_float, default=1.0, help="the gradient's norm is clipped to this")
     add("--eval_interval", type=positive_int, default=2000, help="steps between evaluations")
     add("--eval_sequences", type=positive_int, default=2048,
-        help="maximum validation sequences per evaluation; the last one uses all")
+        help="maximum validation sequences per evaluation; the final evaluation uses all")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
     add("--keep_epochs", type=positive_int, default=4, help="keep a checkpoint every so many epochs")
     add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest that the device has hardware for)")
@@ -785,7 +785,7 @@ def make_parser():
     add("--dry_run", action="store_true", help="estimate time and memory; write nothing")
     add("--wandb", action="store_true", help="also log to Weights & Biases")
     add("--seed", type=seed_int, default=1337, help="for initial weights, data order and dropout")
-    add("--max_minutes", type=positive_float, help="interrupt the run after this time, as with Ctrl-C")
+    add("--max_minutes", type=positive_float, help="stop cleanly after this many minutes, as with Ctrl-C")
     return parser
 
 

@@ -279,4 +279,4 @@ def test_a_mistake_is_reported_in_one_line(fails, model, flags, message):
 
 
 def test_without_any_checkpoint_the_way_to_one_is_named(fails):
-    fails(main, [], "there is no out/*/best.pt: run train.py first, or give a file with --checkpoint")
+    fails(main, [], "there is no checkpoint in out/: run train.py first, or pass one with --checkpoint")
