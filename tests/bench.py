@@ -1,7 +1,7 @@
 """How fast this is, beside what one would use instead, and beside what the machine can do.
 
     pip install -e '.[bench]'
-    python tests/bench.py                       all rows for a CPU, about 20 minutes
+    python tests/bench.py                       all rows for a CPU, 30 to 60 minutes
     python tests/bench.py generation prepare    the rows of these groups
     python tests/bench.py quickstart --seeds 5  the quickstart with five seeds, into docs/quickstart.jsonl
     python tests/bench.py --device cuda         training and generation on a GPU
