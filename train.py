@@ -568,7 +568,8 @@ def save(run, name):
 def save_if_due(run):
     """Saves last.pt every ten minutes, and a checkpoint to keep every --keep_epochs epochs."""
     n_sequences = run.args.keep_epochs * len(run.batches.sequences)
-    before, now = ((run.state.offset - n) // n_sequences for n in (run.args.global_batch_size, 0))
+    before = (run.state.offset - run.args.global_batch_size) // n_sequences
+    now = run.state.offset // n_sequences
     if now > before:        # the last step completed another --keep_epochs epochs
         save(run, f"epoch_{now * run.args.keep_epochs:04}.pt")
     if time.monotonic() > run.saved_at + SAVE_SECONDS:
