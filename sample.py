@@ -114,6 +114,8 @@ def load_model(source):
         if "data" not in meta or not all(weight.isfinite().all() for weight in model.parameters()):
             raise UserError(f"{source} cannot be used: its run diverged, or it is not from train.py")
         tokenizer = meta["data"]["tokenizer"], meta["data"]["vocabulary"]
+    elif "/" in str(source) and not os.path.exists(source) and Path(source).parent.is_dir():
+        raise UserError(f"there is no {source}: run train.py first, or pass a file or folder that exists")
     else:
         model = GPT.from_pretrained(source)
         tokenizer = ("bpe", exported.read_text()) if exported.exists() else ("gpt2", "")

@@ -257,6 +257,7 @@ def test_on_a_terminal_likely_tokens_are_green_and_unlikely_ones_red(sampled, mo
 
 @pytest.mark.parametrize("flags, message", [
     (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
+    (["--checkpoint", "out/none"], "there is no out/none: run train.py first, or pass a file"),
     (["--checkpoint", "odd.pt"], "odd.pt has 99 tokens, but the tokenizer bytes does not"),
     (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or not a checkpoint of this program"),
     (["--prompt_file", "none.txt"], "No such file or directory: 'none.txt'"),
@@ -272,6 +273,7 @@ def test_on_a_terminal_likely_tokens_are_green_and_unlikely_ones_red(sampled, mo
     (["--speed", "9"], "unrecognized arguments: --speed")])
 def test_a_mistake_is_reported_in_one_line(fails, model, flags, message):
     Path("text.pt").write_text("no checkpoint")
+    Path("out").mkdir()
     odd = gpt.GPT(gpt.GPTConfig(vocab_size=99, n_layer=1, n_head=1, n_embd=8))
     gpt.save_checkpoint("odd.pt", odd, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
     Path("bad.txt").write_bytes(b"a\xff")
