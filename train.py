@@ -288,8 +288,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             [matrix] = group["params"]      # one matrix, or several stacked vertically ("parts")
-            mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
-            mean.lerp_(matrix.grad, 1 - group["momentum"])
+            if matrix not in self.state:
+                self.state[matrix]["mean"] = torch.zeros_like(matrix)
+            mean = self.state[matrix]["mean"].lerp_(matrix.grad, 1 - group["momentum"])
             direction = matrix.grad.lerp(mean, group["momentum"])       # the newest gradient again (Nesterov)
             parts = direction.view(group["parts"], -1, matrix.shape[1])
             # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scale that to 0.2,
