@@ -223,16 +223,11 @@ def test_a_prompt_may_have_a_million_spaces():
 def test_under_nohup_the_end_of_the_terminal_does_not_end_a_run(data, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     at_step(monkeypatch, 2, lambda model: os.kill(os.getpid(), signal.SIGHUP))
-    try:
-        assert run("--max_steps", 4)[1]["step"] == 4
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert run("--max_steps", 4)[1]["step"] == 4
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_sample_acts_like_ctrl_c(checkpoint, monkeypatch, capsys, name):
-    handlers = {name: signal.getsignal(signal.Signals[name]) for name in ("SIGTERM", "SIGHUP")}
-
     def interrupted(*args, **options):
         yield ["c", "d"]
         signal.raise_signal(signal.Signals[name])
@@ -241,30 +236,23 @@ def test_a_signal_to_sample_acts_like_ctrl_c(checkpoint, monkeypatch, capsys, na
     with pytest.raises(SystemExit) as stop:
         sample.main(["--num_samples", "2", "--prompt", "ab"])
     assert stop.value.code == 130 and capsys.readouterr().out.endswith("--- sample 2 ---\nabd\n")
-    for name, handler in handlers.items():
-        signal.signal(signal.Signals[name], handler)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_to_prepare_leaves_nothing_behind(monkeypatch, name):
-    handlers = {name: signal.getsignal(signal.Signals[name]) for name in ("SIGTERM", "SIGHUP")}
     monkeypatch.setattr(prepare, "find_files", lambda *args: signal.raise_signal(signal.Signals[name]))
     with pytest.raises(SystemExit) as stop:
         prepare.main(["--tokenizer", "bytes"])
     assert stop.value.code == 130 and not Path("data/python").exists()
-    for name, handler in handlers.items():
-        signal.signal(signal.Signals[name], handler)
 
 
 def test_under_nohup_the_end_of_the_terminal_does_not_end_prepare(monkeypatch):
-    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     Path("books.txt").write_text("one")
     monkeypatch.setattr(prepare, "find_files", lambda source, folder: (
         signal.raise_signal(signal.SIGHUP) or [Path(source)]))
     prepare.main(["books.txt", "--tokenizer", "bytes"])
     assert documents("data/books") == ["one"]
-    signal.signal(signal.SIGHUP, before[0])
-    signal.signal(signal.SIGTERM, before[1])
 
 
 def test_ctrl_c_ends_a_dry_run_at_once(data, monkeypatch, capsys):
