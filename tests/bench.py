@@ -40,7 +40,7 @@ from conftest import ROOT, SHAKESPEARE, provide_gpt2_vocabulary
 import gpt
 import prepare
 import train
-from gpt import choose_dtype, mixed_precision
+from gpt import mixed_precision
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -119,7 +119,8 @@ def write_table(name):
 def limits(device):
     """Prints what the machine can do at most."""
     n = 2048 if device == "cpu" else 8192
-    for dtype in dict.fromkeys((torch.float32, gpt.choose_dtype(None, torch.device(device)))):
+    fast = fast_dtype(device)
+    for dtype in dict.fromkeys((torch.float32, fast)):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         rate = 2 * n ** 3 / seconds(lambda a=a, b=b: a @ b, device) / 1e9
         say(f"- {n}³ matmuls in {name_of(dtype)}: {rate:,.0f} GFLOP/s")
@@ -127,13 +128,17 @@ def limits(device):
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
     say(f"- memory copies: {rate:,.0f} GB/s, read and written")
-    fast = gpt.choose_dtype(None, torch.device(device))
     weights = [w.to(device, fast) for w in product_weights(gpt.GPT(gpt.MODELS["gpt2"]))]
     for rows in (1, 8):
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=device).to(fast) for w in weights}
         rate = rows / seconds(
             lambda inputs=inputs: [F.linear(inputs[w.shape[1]], w) for w in weights], device)
         say(f"- the matmuls alone of `gpt2` in {name_of(fast)}, batch {rows}: {rate:,.0f} tokens/s")
+
+
+def fast_dtype(device):
+    """The dtype of matmuls that train.py chooses by default."""
+    return gpt.choose_dtype(None, torch.device(device))
 
 
 def name_of(dtype):
@@ -188,7 +193,7 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     model = gpt.GPT(gpt.MODELS[name]).to(device)
     ids = torch.randint(model.config.vocab_size, (batch_size, length + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    dtype = torch.float32 if kind == "plain" else dtype or choose_dtype(None, device)
+    dtype = torch.float32 if kind == "plain" else dtype or fast_dtype(device)
     context = mixed_precision(device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if kind == "ours":
@@ -272,7 +277,7 @@ def bench_cuda_training(repeats):
     batch_size = 12 if large else 4         # a T4 has memory for 4
     parameters = sum(w.numel() for w in product_weights(gpt.GPT(config)))
     flops = 6 * parameters + 12 * config.n_layer * config.n_embd * length       # per token; PaLM, appendix B
-    fast = gpt.choose_dtype(None, torch.device("cuda"))
+    fast = fast_dtype("cuda")
     a, b = torch.randn(2, 8192, 8192, device="cuda").to(fast)
     peak = 2 * 8192 ** 3 / seconds(lambda: a @ b, "cuda")
     fast = name_of(fast)
@@ -294,7 +299,7 @@ def generation(kind, batch_size, n, device="cpu"):
     """Generates n tokens, the likeliest each time; for "products", only multiplies the weights with as many
     rows as often; for "plain", in float32 and without a cache."""
     torch.manual_seed(0)
-    dtype = choose_dtype(None, torch.device(device))
+    dtype = fast_dtype(device)
     model = gpt.GPT(gpt.MODELS["gpt2"]).eval()
     ids = torch.full((batch_size, 1), 50256, device=device)
     if kind == "plain":
@@ -334,7 +339,7 @@ def generation(kind, batch_size, n, device="cpu"):
 
 
 def bench_generation(repeats, device="cpu"):
-    dtype = name_of(choose_dtype(None, torch.device(device)))
+    dtype = name_of(fast_dtype(device))
     for batch_size, target in ((1, "1.8"), (8, "2.5")):
         kinds = ("ours", "Hugging Face", "products")
         sides = [Side(generation, kind, batch_size, 256, device) for kind in kinds]
@@ -351,7 +356,7 @@ def bench_cache(repeats):
     close(*sides)
     row("generation, `gpt2`, batch 1, 64 tokens: tokens/s", f"{ours:.0f}", f"plain {plain:.1f}",
         f"{ours / plain:.1f}", "")
-    model = gpt.GPT(gpt.MODELS["gpt2"]).eval().to(choose_dtype(None, torch.device("cpu")))
+    model = gpt.GPT(gpt.MODELS["gpt2"]).eval().to(fast_dtype("cpu"))
     at = {10: [], 1000: []}
     for _ in range(repeats):
         ticks = [time.perf_counter() for _ in model.generate(torch.full((1, 1), 50256), 1020, temperature=0)]
