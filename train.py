@@ -194,13 +194,12 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 @torch.no_grad()
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
-    its standard error: how much it would typically vary with other text. Each rank evaluates some of them.
+    its standard error: how much it would typically vary with other text. Ranks take turns batch by batch.
     During training, count is --eval_sequences. After the last step, it is all of the validation split."""
     chosen = np.arange(count) * len(sequences) // count
-    mine = chosen[world.rank::world.size]
     total = squares = batches = 0
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start:start + batch_size]
+    for start in range(0, count, batch_size)[world.rank::world.size]:
+        indices = chosen[start:start + batch_size]
         with autocast:
             loss = model(*sequences.read(indices, world.device)).item()
         total += len(indices) * loss

@@ -48,8 +48,9 @@ def test_two_ranks_train_the_same_model_as_one_process_and_report_its_losses_onc
     assert same_weights(last("out/1"), last("out/2"), tolerance=1e-5)
     assert len(log("out/1")) == len(log("out/2")) == 6
     for row, other in zip(log("out/1"), log("out/2"), strict=True):
-        loss = "val_loss" if "val_loss" in row else "loss"
-        assert row["step"] == other["step"] and row[loss] == pytest.approx(other[loss], abs=1e-5)
+        assert row["step"] == other["step"]
+        for name in row.keys() & {"loss", "val_loss", "val_stderr"}:
+            assert row[name] == pytest.approx(other[name], abs=1e-5)
     lines = [[line.split("|")[0] for line in printed.splitlines() if "|" in line] for printed in (one, two)]
     assert lines[0] == lines[1]
 

@@ -426,13 +426,18 @@ def test_validation_is_the_mean_over_its_sequences_and_knows_its_error(data, mod
     assert mean == pytest.approx(losses.mean().item())
     assert error == pytest.approx((losses.std() / len(losses) ** 0.5).item(), rel=1e-3)
     assert train.evaluate(model, sequences, len(sequences), 7, plain, world())[0] == pytest.approx(mean)
-    half = world(0, 2)
-    half.sum = lambda *numbers: [2 * number for number in numbers]      # as if both ranks had this one's
-    assert train.evaluate(model, sequences, len(sequences), 7, plain, half)[0] == pytest.approx(
-        losses[::2].mean().item())
     few, none = train.evaluate(model, sequences, 4, 4, plain, world())
     assert few == pytest.approx(losses[[0, 46, 92, 138]].mean().item()) and len(sequences) == 184
     assert math.isnan(none)     # one batch says nothing about the error
+
+
+def test_validation_loss_and_error_do_not_depend_on_the_number_of_ranks(data, model):
+    sequences = Sequences(prepare.load_tokens(data, "val"), 16, 1, 257)
+    halves, first = [world(rank, 2) for rank in (0, 1)], []
+    halves[0].sum = lambda *numbers: first.extend(numbers) or numbers
+    halves[1].sum = lambda *numbers: [sum(both) for both in zip(first, numbers, strict=True)]
+    _, two = [train.evaluate(model, sequences, 50, 7, nullcontext(), half) for half in halves]
+    assert two == pytest.approx(train.evaluate(model, sequences, 50, 7, nullcontext(), world()))
 
 
 def test_evaluating_more_often_does_not_change_the_training(data):
