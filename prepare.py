@@ -538,6 +538,7 @@ def checked(kind, fits, description):
 
 positive_int = checked(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
 positive_float = checked(float, lambda x: 0 < x < 1e99, "a number above 0")
+at_least_0 = checked(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
 seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
 
 
@@ -615,7 +616,7 @@ def main(argv=None):
     add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
         metavar="N", help="vocabulary size of bpe, with bytes and <|endoftext|> (default: 2048)")
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N files or rows")
-    add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "above 0 and below 1"), default=0.1,
+    add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "a number between 0 and 1"), default=0.1,
         help="fraction of the tokens, from the end, held out for validation")
     args = parser.parse_args(argv)
     on_ending_signals()

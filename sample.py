@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint
-from prepare import Parser, UserError, checked, get_tokenizer, in_colour, on_ending_signals, one_line_errors
-from prepare import positive_int, read_text, seed_int, token_text, tokenizer_parts, vocabulary_text
+from prepare import Parser, UserError, at_least_0, checked, get_tokenizer, on_ending_signals, one_line_errors
+from prepare import in_colour, positive_int, read_text, seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
@@ -176,10 +176,10 @@ def parse_args(argv):
         help="write the model and its tokenizer for Hugging Face's transformers, and exit")
     add("--num_samples", type=positive_int, default=1, help="number of continuations to generate")
     add("--max_new_tokens", type=positive_int, default=200, help="maximum number of tokens in each")
-    add("--temperature", type=checked(float, lambda t: 0 <= t < float("inf"), "at least 0"), default=0.8,
+    add("--temperature", type=at_least_0, default=0.8,
         help="0: always the likeliest token; 1: the model's own odds; above: more varied")
     add("--top_k", type=positive_int, default=50, help="sample only from this many of the likeliest tokens")
-    add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "above 0 and at most 1"), default=1.0,
+    add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "a number above 0, at most 1"), default=1.0,
         help="sample only from the fewest tokens whose probabilities reach this")
     add("--seed", type=seed_int, default=1337, help="same seed and flags, same text")
     add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")

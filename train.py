@@ -40,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt import DTYPES, GPT, MODELS, ModelError, choose_device, choose_dtype, load_checkpoint, mixed_precision
 from gpt import save_checkpoint
-from prepare import Parser, UserError, checked, duration, get_tokenizer, held, load_meta, load_tokens
-from prepare import on_ending_signals, one_line_errors, positive_float, positive_int, seed_int
+from prepare import Parser, UserError, at_least_0, checked, duration, get_tokenizer, held, load_meta
+from prepare import load_tokens, on_ending_signals, one_line_errors, positive_float, positive_int, seed_int
 from sample import complete, load_model
 
 
@@ -744,8 +744,7 @@ def make_parser():
     recipes = "; ".join(f"{model}: " + ", ".join(f"{flag} {value}" for flag, value in recipe.items())
                         for model, recipe in RECIPES.items())
     parser = Parser(description="Train a model on a data folder.", epilog=f"Other defaults of {recipes}.")
-    at_least_0 = checked(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
-    fraction = checked(float, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    fraction = checked(float, lambda x: 0 <= x < 1, "a number, at least 0 and below 1")
     add = parser.add_argument
     add("--data", default="data/python", help="folder that prepare.py wrote")
     add("--out", help="folder to write (default: out/ and the name of the data folder)")

@@ -274,7 +274,7 @@ def test_a_failure_leaves_the_data_that_was_there(fails, data):
     (["--tokenizer", "gpt5"], "there is no tokenizer gpt5"),
     (["--sample_size", "0"], "--sample_size: must be a whole number above 0 and below 2^31, not '0'"),
     (["--sample_size", "ten"], "--sample_size: must be a whole number above 0 and below 2^31, not 'ten'"),
-    (["--val_fraction", "1"], "--val_fraction: must be above 0 and below 1, not '1'"),
+    (["--val_fraction", "1"], "--val_fraction: must be a number between 0 and 1, not '1'"),
     (["--speed", "9"], "unrecognized arguments: --speed")])
 def test_a_bad_flag_is_reported_in_one_line(fails, flags, message):
     fails(main, flags, message)

@@ -97,6 +97,12 @@ def test_the_readme_counts_its_lines_right():
     assert f"The ideas are {idea:,} lines" in README
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/*.md", "*.py"])
+def test_each_paper_has_its_link(name):
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob(name)))
+    assert not re.findall(r"(?:et\s+al\.|and [A-Z]\w+)\s+\d{4}(?!(?:,\s+|\]\()https://).*", text)
+
+
 def commands():
     """The command lines of the four programs in README and docs, without what surrounds them."""
     for text in [*TEXTS, *("".join(cell["source"]) for cell in NOTEBOOK["cells"])]:

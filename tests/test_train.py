@@ -544,7 +544,7 @@ def test_compiled_training_is_the_same_training(data):
     (["--batch_size", "0"], "--batch_size: must be a whole number above 0 and below 2^31, not '0'"),
     (["--lr", "fast"], "argument --lr: must be a number above 0, not 'fast'"),
     (["--lr", "nan"], "argument --lr: must be a number above 0, not 'nan'"),
-    (["--warmup", "1"], "argument --warmup: must be at least 0 and below 1, not '1'"),
+    (["--warmup", "1"], "argument --warmup: must be a number, at least 0 and below 1, not '1'"),
     (["--epochs", "1", "--max_steps", "1"], "argument --max_steps: not allowed with argument --epochs"),
     (["--n_embd", "33"], "n_embd (33) must be divisible by n_head (2)"),
     (["--device", "cuda:99"], "there is no device cuda:99 here"),
