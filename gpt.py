@@ -11,8 +11,8 @@ number below V, made from text by prepare.py. Parameters are named as in OpenAI'
 embedding tables, with a learned vector for each token and for each position. h holds the blocks. c_attn, c_fc
 and c_proj are linear layers. Logits are scores, one per token, which a softmax turns into probabilities.
 
-GELU, attention, cross-entropy and LayerNorm exist twice: as FORMULAS, for reading, and as KERNELS (below the
-banner), which are faster, and the default. The two agree up to rounding. Each layer gets one set as `ops`.
+GELU, attention, cross-entropy and LayerNorm exist twice: as formulas, for reading, and as kernels below the
+banner, which run by default, are faster, and agree up to rounding. Layers get one set of four as `ops`.
 Left out: training (train.py), text (prepare.py, sample.py), and architectures newer than GPT-2.
 """
 
@@ -56,7 +56,7 @@ class GPTConfig:
 
 MODELS = {
     "nano": GPTConfig(block_size=128, vocab_size=2048, n_layer=4, n_head=2, n_embd=128),
-    # For two 16 GB GPUs: shallower and narrower than GPT-2, with a half-width MLP and an untied lm_head.
+    # For two 16 GB GPUs: shallower and narrower, half-width MLP, untied lm_head. Its head size is odd (57).
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
@@ -106,8 +106,8 @@ def attention(q, k, v, dropout):
 
 def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
-    bits). x is (B, T, C), targets (B, T), and weight is lm_head's, with its rows of padding (see GPT). It
-    takes x rather than logits, so that the fast version never has to hold all logits at once."""
+    bits). x is (B, T, C), targets (B, T), and weight is lm_head's, which may have more than V rows. It takes
+    x rather than logits, so that the fast version never has to hold all logits at once."""
     logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
@@ -213,8 +213,8 @@ class GPT(nn.Module):
     def init_weights(self):
         """Weights are drawn from a normal distribution with standard deviation 0.02; biases start at 0. The
         2 * n_layer layers that add to the residual stream start smaller, so that their sum does not grow with
-        depth. The first logits are close to 0: every token has a probability of about 1 / V, so the first
-        loss is about -ln(1 / V) = ln V, 10.8 for GPT-2's vocabulary. If yours is far off, look for a bug."""
+        depth. The first logits are small: every token has a probability of about 1 / V, so the first loss is
+        little more than -ln(1 / V) = ln V: 11.0 for GPT-2, where ln V is 10.8. If not, look for a bug."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
@@ -250,11 +250,11 @@ class GPT(nn.Module):
     def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, generator=None,
                  watch=lambda logits: None):
         """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times. next_token, below,
-        chooses them and explains the options. Before each choice, watch is called with the logits (B, V).
+        chooses them and explains the options. Before each choice, watch gets the logits (B, V).
 
         The model sees at most block_size tokens. When the caches are full, they are cleared, and the newest
-        block_size / 2 tokens are read again, as positions 0, 1, 2 and so on. Why not drop only the oldest
-        token? All others would move down one position, and their cached keys and values would be wrong."""
+        block_size / 2 tokens are read again, as positions 0, 1, 2 and so on. Dropping just the oldest token
+        would move all others down one position, and so change all their keys and values, at each token."""
         block_size = self.config.block_size
         context = ids[:, -block_size:]      # all tokens that the model may see
         unread = context                    # those of them that are not in the caches yet
@@ -307,9 +307,9 @@ def next_token(logits, temperature, top_k, top_p, generator):
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         descending, order = probabilities.sort(dim=-1, descending=True)
-        mass_before = descending.cumsum(-1) - descending                    # total of likelier tokens
-        probabilities = probabilities.scatter(1, order, descending.masked_fill(mass_before >= top_p, 0))
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        descending[descending.cumsum(-1) - descending >= top_p] = 0         # if likelier ones reach top_p
+        probabilities = probabilities.scatter(1, order, descending)         # back in the vocabulary's order
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)      # makes the sum 1 again
 
 
 # ================================================================================== plumbing

@@ -69,26 +69,29 @@ def learn_vocabulary(word_counts, max_tokens):
 
     The first 256 tokens are the single bytes. Then the most frequent pair of neighbours becomes a new token
     and is merged everywhere (ties go to the pair with the lowest numbers), and so on, until there are
-    max_tokens or no pair occurs twice. This is greedy: each merge is the one that shortens the text most now.
-    Another set of merges might shorten it more in the end, but there are too many to try.
+    max_tokens or no pair occurs twice. This is greedy: it merges what is most frequent now. Other merges
+    might shorten the text more in the end, but there are too many to try.
 
-    Text is cut into words first, and no token spans two words, so "the dog" and "the cat" share "the".
-    This also saves time: a word that occurs a million times is merged once."""
-    words, counts = [list(word) for word in word_counts], list(word_counts.values())    # starting from bytes
+    Text is cut into words first, and no token spans two words. Otherwise common phrases such as " of the"
+    would use up tokens. This also saves time: a word that occurs a million times is merged once."""
+    # words[i] is a list of tokens, at first bytes, and counts[i] how often that word occurs in the text.
+    # words_with[pair] has the i of every word that contains the pair.
+    words, counts = [list(word) for word in word_counts], list(word_counts.values())
     pair_counts, words_with = Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for pair in pairwise(word):
             pair_counts[pair] += counts[i]
             words_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]      # pops its smallest entry first
+    # A heap finds its smallest entry quickly: with negative counts, the most frequent pair.
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
     while heap and len(tokens) < max_tokens:
-        negative, pair = heappop(heap)
+        negative_count, pair = heappop(heap)
         count = pair_counts[pair]
-        # Merges change pair_counts, but not the heap. Its counts can only be too high: all pairs that a merge
-        # creates contain the new token, so older pairs only get rarer. If this one did, correct its count.
-        if -negative > count:
+        # A merge updates pair_counts, but not the heap, so this entry may be out of date. If so, its count is
+        # too high: pairs that merges create contain the new token, so older ones only get rarer. Correct it.
+        if -negative_count > count:
             heappush(heap, (-count, pair))
             continue
         if count < 2:
@@ -121,11 +124,11 @@ def merge(word, pair, new):
 
 
 def tokenizer_parts(name, vocabulary=""):
-    """Returns what tiktoken.Encoding(**parts) needs for "gpt2", "bytes" or "bpe". For "bpe", vocabulary is
-    text in tiktoken's format: one line per token, with its bytes in base 64 and its number.
+    """Returns the arguments of tiktoken.Encoding, OpenAI's fast encoder, for "gpt2", "bytes" or "bpe". For
+    "bpe", vocabulary is text in tiktoken's format: a line per token, with its bytes in base 64 and its rank.
 
-    pat_str is the regular expression that splits text into words. Within a word, pairs are merged in the
-    order in which they were learned: mergeable_ranks maps bytes to numbers. special_tokens never merge."""
+    pat_str is the regular expression that splits text into words (for "bytes", into characters). A token's
+    rank is its number: tokens that were learned first are merged first. special_tokens are never merged."""
     if name == "gpt2":
         return gpt2_parts()
     ranks = {bytes([i]): i for i in range(256)}
@@ -158,8 +161,8 @@ def encode(tokenizer, pieces):
 
 def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1):
     """Encodes the first sample_size files or rows of the sources (None: all) into a folder, returns its meta.
-    tokenizer_name is "gpt2", "bytes", "bpe" (learns a new vocabulary), or another data folder (uses its
-    tokenizer). On any problem with a source, raises UserError and leaves the folder unchanged."""
+    tokenizer_name is "gpt2", "bytes", "bpe" (learns a vocabulary from the part for training), or another data
+    folder (uses its tokenizer). If a source is bad, raises UserError and leaves the folder unchanged."""
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
@@ -171,7 +174,7 @@ def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, 
                 file.write(tokens)
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
-        # All tokens are in train.bin now: move the last tenth to val.bin.
+        # All tokens are in train.bin now: move the last of them to val.bin.
         n_train = int(n_tokens * (1 - val_fraction))
         np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
         os.truncate(new / "train.bin", n_train * TOKEN.itemsize)

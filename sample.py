@@ -5,7 +5,7 @@
     python sample.py --prompt "Once upon" --show_probs                  shows likely alternatives
     python sample.py --export FOLDER                                    for Hugging Face's transformers
 
-How the next token is chosen is in gpt.py (GPT.generate and next_token). No chat mode.
+How the next token is chosen is in gpt.py (GPT.generate and next_token). Left out: chat.
 """
 
 import codecs
@@ -48,7 +48,7 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=13
 
 def encode_prompt(tokenizer, prompt):
     """Returns the tokens of a prompt. Unlike in prepare.py, <|endoftext|> in it is ordinary text."""
-    pieces = read_text(io.StringIO(prompt))     # tiktoken fails on a million spaces
+    pieces = read_text(io.StringIO(prompt))     # cut, as tiktoken fails on a very long run of spaces
     return [token for text, _ in pieces for token in tokenizer.encode_ordinary(text)] or [tokenizer.eot_token]
 
 
@@ -60,7 +60,7 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
     with torch.inference_mode():
         for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):     # (1, T) -> (T, V)
             yield token, logits.float().softmax(-1)
-    watched = []        # generate calls watch with the logits (1, V) just before it yields each token
+    watched = []        # generate appends the logits (1, V), then yields the token chosen from them
     for [token] in model.generate(ids, max_new_tokens, watch=watched.append, **options):
         yield token.item(), watched.pop()[0].softmax(-1)
         if token == eot_token:

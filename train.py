@@ -7,14 +7,15 @@
 out/NAME gets last.pt (everything --resume needs), best.pt (weights with the lowest validation loss),
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
-A rank is one of the processes that train together; `world` is all of them. A step learns from one global
-batch of sequences. Each rank takes an equal part of it and works through it in micro-batches of at most
---batch_size sequences, as memory allows. Then all ranks update their weights identically.
+A rank is one of the processes that train together. `world` knows this one's number (world.rank), how many
+there are (world.size), and its device; world.sum adds up numbers over all ranks. A step learns from one
+global batch of sequences. Each rank takes an equal part of it and works through it in micro-batches of at
+most --batch_size sequences, as memory allows. Then all ranks update their weights identically.
 
 last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped: first to a
 temporary file, which then replaces the old last.pt. If the machine dies meanwhile, the old one is intact. A
 run that is stopped and resumed computes exactly what it would have without the stop (on a CPU, bit for bit):
-a step depends only on the flags, the data and last.pt. Left out: models too large for one GPU.
+a step depends only on flags, data, last.pt and the number of ranks. Left out: models too large for one GPU.
 """
 
 import argparse
@@ -103,17 +104,17 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. During the first W steps (a fraction `warmup` of all), it
-    rises from peak / (W + 1) to the peak, because at first gradients are large and change direction quickly.
-    Then it falls, so that smaller and smaller steps let the weights settle, and gets to `low` just after the
-    last step: "linear" in a straight line, "cosine" along half a cosine (Loshchilov and Hutter 2016,
-    https://arxiv.org/abs/1608.03983). "trapezoid" (or warmup-stable-decay) first stays at the peak."""
+    """The learning rate of a step, counted from 0. For W steps (a fraction `warmup` of all) it rises in equal
+    parts, from peak / (W + 1) at step 0 to the peak at step W, because gradients are large and erratic at
+    first. Then it falls, so that the weights settle, to `low` just after the last step: "linear" in a line,
+    "cosine" along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983). "trapezoid"
+    (warmup-stable-decay) first stays at the peak, and falls over the last 40% of the remaining steps."""
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     done = (step - warmup_steps) / (total_steps - warmup_steps)         # from 0 to 1
     height = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
-              "trapezoid": min(1.0, (1 - done) / 0.4)}[schedule]        # over the last 40%
+              "trapezoid": min(1.0, (1 - done) / 0.4)}[schedule]
     return low + (peak - low) * height
 
 
@@ -127,13 +128,14 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every matrix by the fraction
     lr * weight_decay at each step, so that weights grow only where it helps. Vectors (biases, LayerNorm
     weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
-    def adamw(matrices, lr_scale):
-        vectors = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay, "lr_scale": lr_scale},
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+
+    def adamw(decayed, lr_scale):
+        groups = [{"params": decayed, "weight_decay": weight_decay, "lr_scale": lr_scale},
                   {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
 
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
     if name == "adamw":
         return [adamw(matrices, lr_scale=1)]
     in_blocks = set(model.h.parameters())
@@ -157,8 +159,8 @@ def backward(model, micro_batches, scaler, autocast):
     makes all gradients that much larger. `update` later divides them by the same number."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
-        # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP reads
-        # this flag in forward. Without DDP it has no effect.
+        # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP does
+        # it in backward if this was true in forward. A plain model ignores it.
         model.require_backward_grad_sync = i == len(micro_batches)
         with autocast:
             loss = model(inputs, targets) / len(micro_batches)          # as backward adds up gradients
@@ -168,10 +170,11 @@ def backward(model, micro_batches, scaler, autocast):
 
 
 def update(model, optimizers, scaler, loss, lr, grad_clip):
-    """Steps the optimizers, unless the loss or a gradient is not finite: a single such step would ruin all
-    weights. All ranks see the same averages of both, so they make the same decision. Returns the norm of the
-    gradient, and whether the step was taken. A gradient whose norm is above grad_clip is scaled down to
-    it, so that one outlier batch cannot do much damage."""
+    """Steps the optimizers, or skips the step if the loss or a gradient is infinite or NaN, which would ruin
+    all weights. In float16 that happens now and then: the loss scale was too high, and is halved. In other
+    dtypes, training has diverged, and check_finite ends the run. All ranks see the same averages, so they
+    decide alike. Returns the norm of the gradient, and whether the step was taken. A gradient whose norm is
+    above grad_clip is scaled down to it, so that one outlier batch cannot do much damage."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)      # divides gradients by the loss scale, and notes any inf or NaN
         for group in optimizer.param_groups:
@@ -180,11 +183,10 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in optimizers:
         if finite:
-            optimizer.step()    # not scaler.step, which looks at the gradients of one optimizer only
+            optimizer.step()    # scaler.step would decide for each optimizer alone
         optimizer.zero_grad()
-    # Float16 only: this halves the loss scale if a gradient overflowed (grad_norm is inf), and doubles it
-    # after 2,000 good steps in a row. A skipped step counts like any other, and its batch is not repeated. In
-    # other dtypes, check_finite ends the run at the first skip.
+    # In float16, this halves the loss scale if a gradient overflowed (grad_norm is inf), and doubles it after
+    # 2,000 good steps in a row. A skipped step counts like any other, and its batch is not repeated.
     scaler.update()
     return grad_norm, finite
 
@@ -207,8 +209,8 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
         batches += 1
     total, squares, batches = world.sum(total, squares, batches)
     mean = total / count
-    # The standard error of a mean of n values is their standard deviation / sqrt(n). Here the values are the
-    # losses of n batches. The divisor is n - 1, because their spread is measured around their own mean.
+    # The standard error of the mean of n values, here the losses of n batches, is sqrt(their variance / n).
+    # Around their own mean, values look less spread out, by a factor of (n - 1) / n: so / (n - 1), not / n.
     variance = max(0.0, squares / count - mean ** 2)
     return mean, math.sqrt(variance / (batches - 1)) if batches > 1 else math.nan
 
@@ -244,9 +246,10 @@ class Run:
 
 
 def train(run, told_to_stop):
-    """The training loop. set_up, below, builds the Run; you do not need it to follow the loop."""
+    """The training loop. told_to_stop() is true after a Ctrl-C, say. Saving and logging are plumbing."""
     args, world, state = run.args, run.world, run.state
     while True:
+        # Evaluation comes first, so that a run stopped just before it evaluates when it is resumed.
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
             evaluate_and_save(run)
         if state.step >= run.total_steps:
@@ -268,7 +271,7 @@ def train(run, told_to_stop):
         save_if_due(run)
         if stop:
             break
-    save(run, "last.pt")    # after the stop, or with the best_val_loss of the last evaluation
+    save(run, "last.pt")    # also after the last evaluation, which may have changed best_val_loss
 
 
 # --------------------------------------------------------------------------------------- Muon
@@ -300,9 +303,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x, dtype):
-    """Turns each of N matrices, U S V^T, into roughly U V^T, without computing U, S and V, which is slow.
-    S is diagonal: its entries s say how far each axis is stretched. x x^T x = U S^3 V^T has the same U and V.
-    So a x + b x x^T x + c x x^T x x^T x only replaces each s by a s + b s^3 + c s^5. Jordan et al. chose a, b
+    """Turns each of N matrices, U S V^T, into roughly U V^T, without computing U, S and V, which is slow. S
+    is diagonal: its entries s say how far each axis is stretched. In x x^T x = U S (V^T V) S (U^T U) S V^T,
+    the inner rotations cancel (V^T V = U^T U = 1), which leaves U S^3 V^T. In the same way, the polynomial
+    a x + b x x^T x + c x x^T x x^T x only replaces each s by a s + b s^3 + c s^5. Jordan et al. chose a, b
     and c (3.4445, -4.7750, 2.0315) so that five rounds take any s between 0.01 and 1 to between 0.68 and
     1.14: all axes are then stretched about equally. x and the result are (N, rows, columns)."""
     if x.shape[1] > x.shape[2]:
@@ -765,7 +769,7 @@ def make_parser():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
     length.add_argument("--max_steps", type=positive_int, help="steps to take")
-    length.add_argument("--minutes", type=positive_float, help="plan the run to take this many minutes")
+    length.add_argument("--minutes", type=positive_float, help="plan a new run to take this many minutes")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more per step, but costs more time when batches are small")
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
