@@ -199,20 +199,18 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
     its standard error: how much it would typically vary with other text. Ranks take turns batch by batch.
     During training, count is --eval_sequences. After the last step, it is all of the validation split."""
     chosen = np.arange(count) * len(sequences) // count
-    total = squares = batches = 0
-    for start in range(0, count, batch_size)[world.rank::world.size]:
-        indices = chosen[start:start + batch_size]
+    batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
+    losses = [0.0] * len(batches)       # summed over each batch
+    for i in range(world.rank, len(batches), world.size):
         with autocast:
-            loss = model(*sequences.read(indices, world.device)).item()
-        total += len(indices) * loss
-        squares += len(indices) * loss ** 2
-        batches += 1
-    total, squares, batches = world.sum(total, squares, batches)
-    mean = total / count
-    # The standard error of the mean of n values, here the losses of n batches, is sqrt(their variance / n).
-    # Around their own mean, values look less spread out, by a factor of (n - 1) / n: so / (n - 1), not / n.
-    variance = max(0.0, squares / count - mean ** 2)
-    return mean, math.sqrt(variance / (batches - 1)) if batches > 1 else math.nan
+            loss = model(*sequences.read(batches[i], world.device))
+        losses[i] = len(batches[i]) * loss.item()
+    losses, sizes, n = world.sum(*losses), list(map(len, batches)), min(32, len(batches))
+    # The standard error of a mean of n values is their standard deviation / sqrt(n). Neighbouring sequences
+    # are often about the same thing, so the values are the losses of long stretches of text, 32 at most.
+    stretches = zip(np.array_split(losses, n), np.array_split(sizes, n), strict=True)
+    values = torch.tensor([loss.sum() / size.sum() for loss, size in stretches])
+    return sum(losses) / count, values.std().item() / math.sqrt(n) if n > 1 else math.nan
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -585,7 +583,7 @@ def restore(run, meta):
     other data, or another order of the data."""
     if meta["data"] != run.data:
         raise UserError(f"cannot resume: {run.args.data} is not the data that this run began with: "
-                        "prepare that again, or choose another --out")
+                        "prepare the same data again, or choose another --out")
     then, now = meta["args"], vars(run.args)
     for name in (*SIZES, "model", "init", "stride", "seed", "optimizer"):
         if then[name] != now[name]:
@@ -740,7 +738,7 @@ RECIPES = {
     "nano": {"max_steps": 1600, "global_batch_size": 32, "optimizer": "muon", "lr": 7e-3, "warmup": 0.03,
              "schedule": "trapezoid", "weight_decay": 0.1, "eval_interval": 400, "eval_sequences": 512,
              "log_interval": 50},
-    "fine-tuning": {"epochs": 3.0, "lr": 5e-5}, "other": {"epochs": 20.0},
+    "fine-tuning": {"epochs": 3.0, "lr": 5e-5}, "other models": {"epochs": 20.0},
 }
 
 
@@ -815,7 +813,7 @@ def parse_args(argv):
         large = (not given.model and choose_device(given.device).type == "cuda"
                  and load_meta(given.data)["train"]["tokens"] >= LARGE)
         model = given.model or ("gpt2-92m" if large else "nano")
-        defaults = {"model": model, **RECIPES.get(model, RECIPES["other"])}
+        defaults = {"model": model, **RECIPES.get(model, RECIPES["other models"])}
     if given.epochs or (given.minutes and not saved):
         defaults = {**defaults, "max_steps": None}      # otherwise the recipe's max_steps would win
     parser.set_defaults(**{**defaults, "out": out})     # flags that are given override these again

@@ -422,9 +422,12 @@ def test_validation_is_the_mean_over_its_sequences_and_knows_its_error(data, mod
     plain = nullcontext()
     with torch.no_grad():
         losses = torch.stack([model(*sequences.read([i], CPU)) for i in range(len(sequences))]).double()
-    mean, error = train.evaluate(model, sequences, len(sequences), 1, plain, world())
-    assert mean == pytest.approx(losses.mean().item())
-    assert error == pytest.approx((losses.std() / len(losses) ** 0.5).item(), rel=1e-3)
+    assert train.evaluate(model, sequences, len(sequences), 1, plain, world())[0] == pytest.approx(
+        losses.mean().item())
+    mean, error = train.evaluate(model, sequences, 160, 1, plain, world())
+    stretches = losses[[i * 184 // 160 for i in range(160)]].view(32, 5)       # each of five sequences
+    assert mean == pytest.approx(stretches.mean().item())
+    assert error == pytest.approx((stretches.mean(1).std() / 32 ** 0.5).item(), rel=1e-6)
     assert train.evaluate(model, sequences, len(sequences), 7, plain, world())[0] == pytest.approx(mean)
     few, none = train.evaluate(model, sequences, 4, 4, plain, world())
     assert few == pytest.approx(losses[[0, 46, 92, 138]].mean().item()) and len(sequences) == 184
@@ -436,8 +439,10 @@ def test_validation_loss_and_error_do_not_depend_on_the_number_of_ranks(data, mo
     halves, first = [world(rank, 2) for rank in (0, 1)], []
     halves[0].sum = lambda *numbers: first.extend(numbers) or numbers
     halves[1].sum = lambda *numbers: [sum(both) for both in zip(first, numbers, strict=True)]
-    _, two = [train.evaluate(model, sequences, 50, 7, nullcontext(), half) for half in halves]
-    assert two == pytest.approx(train.evaluate(model, sequences, 50, 7, nullcontext(), world()))
+    for batch_size in (1, 7):
+        first.clear()
+        _, two = [train.evaluate(model, sequences, 50, batch_size, nullcontext(), half) for half in halves]
+        assert two == pytest.approx(train.evaluate(model, sequences, 50, batch_size, nullcontext(), world()))
 
 
 def test_evaluating_more_often_does_not_change_the_training(data):
