@@ -13,6 +13,7 @@ import io
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -117,12 +118,23 @@ def load_model(source):
     elif "/" in str(source) and not os.path.exists(source) and Path(source).parent.is_dir():
         raise UserError(f"there is no {source}: run train.py first, or pass a file or folder that exists")
     else:
-        model = GPT.from_pretrained(source)
-        tokenizer = ("bpe", exported.read_text()) if exported.exists() else ("gpt2", "")
-    if get_tokenizer(*tokenizer).n_vocab != model.config.vocab_size:
-        raise UserError(f"{source} has {model.config.vocab_size:,} tokens, but the tokenizer {tokenizer[0]} "
-                        "does not: no matching tokenizer was found")
+        model, text = GPT.from_pretrained(source), exported.read_text() if exported.exists() else None
+        tokenizer = ("gpt2", "") if text is None else ("bpe", text) if text else ("bytes", "")
+        if text is None and has_other_tokenizer(source):
+            raise UserError(f"{source} has a tokenizer of its own: only models with GPT-2's can be used")
+    if (n := get_tokenizer(*tokenizer).n_vocab) != model.config.vocab_size:
+        raise UserError(f"{source} has {model.config.vocab_size:,} tokens, but the tokenizer {tokenizer[0]} has "
+                        f"{n:,}: only models with GPT-2's tokenizer, or one from prepare.py, can be used")
     return model, tokenizer
+
+
+def has_other_tokenizer(source):
+    """Whether a model in Hugging Face's format comes with a tokenizer, and it is not GPT-2's."""
+    from transformers import AutoTokenizer
+    text = "Hello, wörld 123"
+    with suppress(Exception):       # it has none, or one that needs other packages
+        found = AutoTokenizer.from_pretrained(source).encode(text)
+        return found not in ([], get_tokenizer("gpt2").encode(text))
 
 
 def export(model, tokenizer, folder):
@@ -142,7 +154,7 @@ def export(model, tokenizer, folder):
         tokenizer_object=tokenizer_object, bos_token=end, eos_token=end, unk_token=end,
         model_max_length=model.config.block_size).save_pretrained(folder)
     if tokenizer[0] != "gpt2":      # load_model looks for it
-        Path(folder, "vocabulary.tiktoken").write_text(text)
+        Path(folder, "vocabulary.tiktoken").write_text(tokenizer[1])
 
 
 def newest_checkpoint(*folders):
@@ -170,14 +182,15 @@ def parse_args(argv):
     add = parser.add_argument
     add("--checkpoint", help="a file or folder that train.py wrote, a folder with a GPT-2 in Hugging Face's "
         "format, or its name on their hub, such as gpt2-xl (default: the newest run in out/)")
-    add("--show_probs", action="store_true",
-        help="print each token on a line, with its probability and its likeliest rivals")
-    add("--export", metavar="FOLDER",
-        help="write the model and its tokenizer for Hugging Face's transformers, and exit")
-    add("--num_samples", type=positive_int, default=1, help="number of continuations to generate")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--num_samples", type=positive_int, default=1, help="number of continuations")
+    output.add_argument("--show_probs", action="store_true", help="print each token on a line (> marks new "
+                        "ones), with its probability and its likeliest rivals")
+    output.add_argument("--export", metavar="FOLDER",
+                        help="write the model and its tokenizer for Hugging Face's transformers, and exit")
     add("--max_new_tokens", type=positive_int, default=200, help="maximum number of tokens in each")
     add("--temperature", type=at_least_0, default=0.8,
-        help="0: always the likeliest token; 1: the model's own odds; above: more varied")
+        help="0: always the likeliest token; 1: the model's own probabilities; above: more varied")
     add("--top_k", type=positive_int, default=50, help="sample only from this many of the likeliest tokens")
     add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "a number above 0, at most 1"), default=1.0,
         help="sample only from the fewest tokens whose probabilities reach this")

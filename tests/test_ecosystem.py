@@ -71,6 +71,19 @@ def test_a_pipeline_stops_where_the_context_of_an_exported_model_ends(model):
     assert text.startswith("The sea") and len(text) <= model.config.block_size
 
 
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_an_exported_model_comes_back_with_its_tokenizer(model, gpt2, tokenizer):
+    sample.export(gpt2 if tokenizer == "gpt2" else model, (tokenizer, ""), "folder")
+    assert sample.load_model("folder")[1] == (tokenizer, "")
+
+
+def test_a_model_with_a_tokenizer_of_its_own_is_refused_rather_than_read_with_gpt2s(model, gpt2, fails):
+    sample.export(model, ("bytes", ""), "other")
+    os.remove("other/vocabulary.tiktoken")
+    gpt2.save_pretrained("other")
+    fails(sample.main, ["--checkpoint", "other"], "other has a tokenizer of its own: only models with GPT-2's")
+
+
 @pytest.mark.parametrize("name", gpt.MODELS)
 def test_each_model_continues_in_transformers_as_it_does_here(name):
     from dataclasses import replace
@@ -185,7 +198,7 @@ def test_the_recipe_of_fine_tuning_is_gentle(data):
     (["first.pt", "--n_layer", "3"], "--init brings its own sizes: leave out --n_layer"),
     (["first.pt", "--block_size", "17"], "--n_embd and a --block_size above 16"),
     (["first.pt", "--model", "nano"], "argument --model: not allowed with argument --init"),
-    (["odd"], "odd has 99 tokens, but the tokenizer gpt2 does not")])
+    (["odd"], "odd has 99 tokens, but the tokenizer gpt2 has 50,257")])
 @pytest.mark.usefixtures("data", "gpt2", "first")
 def test_what_cannot_be_fine_tuned_is_reported_in_one_line(fails, flags, message):
     gpt.GPT(gpt.GPTConfig(vocab_size=99, n_layer=1, n_head=1, n_embd=8)).save_pretrained("odd")
