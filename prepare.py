@@ -65,7 +65,7 @@ WORD = "|".join([
 def learn_vocabulary(word_counts, max_tokens):
     """Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). word_counts maps each word
     (a bytes object) to how often it occurs. Returns the list of tokens (bytes objects); a token's number is
-    its place in this list.
+    its index in this list.
 
     The first 256 tokens are the single bytes. Then the most frequent pair of neighbours becomes a new token
     and is merged everywhere (ties go to the pair with the lowest numbers), and so on, until there are
@@ -608,10 +608,10 @@ def default_name(source):
 def main(argv=None):
     parser = Parser(description="Turn text into the token files that train.py reads.")
     add = parser.add_argument
-    add("sources", nargs="*", metavar="SOURCE", default=["python"],
+    add("sources", nargs="*", metavar="SOURCE",
         help=f"files ({', '.join(SUFFIXES)}), folders, URLs, hf:OWNER/NAME or hf:OWNER/NAME:SUBSET for a "
         f"dataset on the Hugging Face Hub with a column text, {', '.join(NAMED_SOURCES)}, or python for this "
-        "Python's standard library")
+        "Python's standard library (default: python)")
     add("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
     add("--overwrite", action="store_true", help="replace the contents of data/NAME")
     add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe (learns a vocabulary), or a data folder "
@@ -623,8 +623,9 @@ def main(argv=None):
         help="fraction of the tokens, from the end, held out for validation")
     args = parser.parse_args(argv)
     on_ending_signals()
-    folder = Path("data", args.name or default_name(args.sources[0]))
-    tokenizer = args.tokenizer or ("bpe" if args.sources == ["python"] else "gpt2")
+    sources = args.sources or ["python"]
+    folder = Path("data", args.name or default_name(sources[0]))
+    tokenizer = args.tokenizer or ("bpe" if sources == ["python"] else "gpt2")
     if args.vocab_size and tokenizer != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
     if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
@@ -635,7 +636,7 @@ def main(argv=None):
         raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "
                         "can then no longer be resumed)")
     started = time.perf_counter()
-    meta = prepare(args.sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
+    meta = prepare(sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
                    args.val_fraction)
     seconds = time.perf_counter() - started
     documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
