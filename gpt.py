@@ -519,10 +519,10 @@ def choose_device(name=None):
     x = torch.arange(64.0).reshape(8, 8)
     try:
         y = x.to(name)
-        products = torch.cat([y.T @ y, y @ y.T]).cpu()
+        matmuls = torch.cat([y.T @ y, y @ y.T]).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"there is no device {name} here: use --device cpu or leave the flag out") from error
-    if not torch.allclose(products, torch.cat([x.T @ x, x @ x.T]), rtol=0.01):      # as on some Apple GPUs
+    if not torch.allclose(matmuls, torch.cat([x.T @ x, x @ x.T]), rtol=0.01):      # as on some Apple GPUs
         raise ModelError(f"matmuls on {name} are wrong in PyTorch {torch.__version__}: use --device cpu")
     return y.device
 

@@ -233,7 +233,7 @@ def test_the_same_seed_draws_the_same_tokens_and_greedy_needs_none(model):
     assert draw(1, 0) == draw(2, 0)
 
 
-def test_padding_gets_no_probability_no_loss_and_no_place_in_the_logits(model):
+def test_padding_gets_no_probability_no_loss_and_no_column_in_the_logits(model):
     ids = random_ids(model.config, 2, 17)
     loss = model(ids[:, :-1], ids[:, 1:])
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_a_device_that_this_machine_does_not_have_is_refused(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_default_dtype_on_a_cpu_is_bfloat16_where_it_has_units_for_it(monkeypatch, dtype):
+def test_the_default_dtype_on_a_cpu_is_bfloat16_where_it_has_hardware_for_it(monkeypatch, dtype):
     abilities = {"avx512_bf16": dtype == torch.bfloat16}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
     assert gpt.choose_dtype(None, torch.device("cpu")) == dtype

@@ -70,6 +70,14 @@ def test_compiled_blocks_share_a_graph_and_the_weights_of_the_plain_model(monkey
     assert model.h[0]._compiled_call_impl is None       # generation stays as it is
 
 
+def test_compile_trains_a_model_compiled_block_by_block(data, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "compiled", lambda model: made.append(model) or model)
+    model, _ = run("--max_steps", 2, "--compile")
+    plain, _ = run("--max_steps", 2, out="out/plain")
+    assert len(made) == 1 and same_weights(model, plain)
+
+
 # ----------------------------------------------------------------------------------------- several processes
 
 @pytest.fixture
@@ -125,16 +133,24 @@ def test_evaluations_are_of_some_sequences_and_the_last_one_of_all(data, monkeyp
     assert loss != log()[-1]["val_loss"]        # the best one is chosen on the same sequences each time
 
 
+def test_by_default_evaluations_take_a_few_percent_of_the_time_of_two_gpus():
+    default = train.make_parser().get_default
+    trained = default("eval_interval") * 2 * default("batch_size")
+    assert default("eval_sequences") / 3 < 0.03 * trained       # forward is a third of a training step
+
+
 @pytest.mark.parametrize("device, precision", [("cuda", "high"), ("cpu", "highest")])
 def test_float32_on_a_gpu_uses_tensor_cores(fails, data, monkeypatch, device, precision):
     def reached(*args):
         raise prepare.UserError(f"precision {torch.get_float32_matmul_precision()}")
 
-    world = SimpleNamespace(device=torch.device(device), close=lambda: None)
+    closed = []         # nccl complains about a process that ends without
+    world = SimpleNamespace(device=torch.device(device), close=lambda: closed.append(1))
     monkeypatch.setattr(train, "World", lambda device: world)
     monkeypatch.setattr(train, "choose_dtype", lambda *args: torch.float32)
     monkeypatch.setattr(train, "set_up", reached)
     fails(train.main, [*QUICK, "--out", "out/new"], f"precision {precision}\n")
+    assert closed == [1]
     torch.set_float32_matmul_precision("highest")
 
 
@@ -147,9 +163,42 @@ def test_bfloat16_on_a_gpu_without_hardware_for_it_is_warned_of(monkeypatch, cap
 
 
 def test_a_device_that_multiplies_wrongly_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, "allclose", lambda a, b, rtol: False)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, name: x + 1)      # what the device makes of it
     with pytest.raises(gpt.ModelError, match=r"matmuls on cpu are wrong in PyTorch .*: use --device cpu"):
         gpt.choose_device("cpu")
+
+
+def test_the_memory_of_a_gpu_is_what_pytorch_reserves_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2)
+    assert train.peak_memory(torch.device("cuda")) == 3
+
+
+def test_these_tests_see_no_gpu():
+    assert not torch.cuda.is_available()
+
+
+def test_muon_steps_by_tiny_learning_rates_in_float16_as_in_float32():
+    steps = []
+    for dtype in (torch.float16, torch.float32):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(8, 8))
+        weight.grad = torch.randn(8, 8)
+        muon = train.Muon([{"params": [weight], "parts": 1}], 0.0, dtype)
+        muon.param_groups[0]["lr"] = 1e-7
+        muon.step()
+        steps.append(weight.detach())
+    assert torch.allclose(*steps, rtol=0.03, atol=1e-9)
+
+
+def test_the_loss_learns_from_a_target_whose_probability_is_almost_1():
+    # In bfloat16 that probability is 1, and minus 1 it would be 0: nothing left to learn.
+    x, targets = torch.ones(1, 4, 1), torch.zeros(1, 4, dtype=torch.int64)
+    weight = torch.tensor([[8.0], [0.0]])
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = weight.clone().to(dtype).requires_grad_()
+        gpt.chunked_cross_entropy(x.to(dtype), leaf, targets, 2).backward()
+        assert leaf.grad[0].item() == pytest.approx(-1 / (1 + math.exp(8)), rel=0.02)
 
 
 # --------------------------------------------------------------------------------------------- by the clock
