@@ -122,9 +122,10 @@ def load_model(source):
         tokenizer = ("gpt2", "") if text is None else ("bpe", text) if text else ("bytes", "")
         if text is None and has_other_tokenizer(source):
             raise UserError(f"{source} has a tokenizer of its own: only models with GPT-2's can be used")
-    if (n := get_tokenizer(*tokenizer).n_vocab) != model.config.vocab_size:
-        raise UserError(f"{source} has {model.config.vocab_size:,} tokens, but the tokenizer {tokenizer[0]} has "
-                        f"{n:,}: only models with GPT-2's tokenizer, or one from prepare.py, can be used")
+    ours, theirs = get_tokenizer(*tokenizer).n_vocab, model.config.vocab_size
+    if ours != theirs:
+        raise UserError(f"{source} has {theirs:,} tokens, but the tokenizer {tokenizer[0]} has {ours:,}: "
+                        "only models with GPT-2's tokenizer, or one from prepare.py, can be used")
     return model, tokenizer
 
 

@@ -81,7 +81,7 @@ def test_a_model_with_a_tokenizer_of_its_own_is_refused_rather_than_read_with_gp
     sample.export(model, ("bytes", ""), "other")
     os.remove("other/vocabulary.tiktoken")
     gpt2.save_pretrained("other")
-    fails(sample.main, ["--checkpoint", "other"], "other has a tokenizer of its own: only models with GPT-2's")
+    fails(sample.main, ["--checkpoint", "other"], "other has a tokenizer of its own: only models with GPT-2")
 
 
 @pytest.mark.parametrize("name", gpt.MODELS)
