@@ -103,13 +103,28 @@ def test_each_paper_has_its_link(name):
     assert not re.findall(r"(?:et\s+al\.|and [A-Z]\w+)\s+\d{4}(?!(?:,\s+|\]\()https://).*", text)
 
 
+def lines_of_commands():
+    """Lines of code in README and docs that call a program, and such calls in the text (but not --help, nor
+    what needs an exercise to be done first)."""
+    for text in [*TEXTS, *("".join(cell["source"]) for cell in NOTEBOOK["cells"])]:
+        yield from re.findall(r"^[!]?((?:pip|python|torchrun|srun) .*)$", text, re.MULTILINE)
+        yield from re.findall(r"`((?:python|torchrun) (?:(?!--help|\.md)[^`])*)`", text)
+
+
+def test_torchrun_knows_the_flags_that_it_gets():
+    from torch.distributed.run import get_args_parser
+    flags = [line.partition("torchrun ")[2].partition("#")[0] for line in lines_of_commands()]
+    flags = [flag.partition("&&")[0] for flag in flags if flag]
+    scripts = {get_args_parser().parse_args(shlex.split(flag)).training_script for flag in flags}
+    assert scripts == {"train.py"} and any("--shutdown_timeout" in flag for flag in flags)
+
+
 def commands():
     """The command lines of the four programs in README and docs, without what surrounds them."""
-    for text in [*TEXTS, *("".join(cell["source"]) for cell in NOTEBOOK["cells"])]:
-        for line in re.findall(r"^[!]?((?:pip|python|torchrun|srun) .*)$", text, re.MULTILINE):
-            for part in re.split(r"&&|#", line.replace('"$SLURM_JOB_ID"', "1")):
-                if found := re.search(r"(train|prepare|sample)\.py( .*)?$", part.strip()):
-                    yield found[0]
+    for line in lines_of_commands():
+        for part in re.split(r"&&|#", line.replace('"$SLURM_JOB_ID"', "1")):
+            if found := re.search(r"(train|prepare|sample)\.py( .*)?$", part.strip()):
+                yield found[0]
 
 
 SMALLER = {"train.py": ["--max_steps", "2", "--batch_size", "1", "--global_batch_size", "2", "--no-compile"],
@@ -125,13 +140,13 @@ def little_of_all(monkeypatch):
         Path(path).write_text(text)
     Path("more.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode()))
     prepare.prepare(["books"], "data/books", "gpt2")
-    for name in ("text", "words", "bytes", "python"):
+    for name in ("text", "words", "bytes", "python", "docs"):
         shutil.copytree("data/books", f"data/{name}")
     tiny = gpt.GPTConfig(block_size=512, n_layer=1, n_head=1, n_embd=8)
     monkeypatch.setattr(train, "MODELS", dict.fromkeys(gpt.MODELS, tiny))
     monkeypatch.setattr(gpt.GPT, "from_pretrained", lambda name: gpt.GPT(tiny).eval())
     monkeypatch.setitem(train.sys.modules, "wandb", SimpleNamespace(init=lambda **options: None))
-    for name in ("books", "words"):
+    for name in ("books", "words", "python"):
         Path("out", name).mkdir(parents=True)
         meta = {"data": {"tokenizer": "gpt2", "vocabulary": ""}}
         gpt.save_checkpoint(f"out/{name}/best.pt", gpt.GPT(tiny), meta)
