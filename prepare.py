@@ -232,7 +232,12 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
     for text, _ in first:
         word_counts.update(regex.findall(WORD, text[:math.ceil(left)]))
         left = max(0, left - len(text))
-    tokens = learn_vocabulary({word.encode(): n for word, n in word_counts.items()}, vocab_size - 1)
+    words = Counter()       # very long ones, as in DNA, in pieces: a merge goes through all of a word
+    for word, n in word_counts.items():
+        size = 16 if len(word) > 100 else len(word)
+        for i in range(0, len(word), size):
+            words[word[i:i + size].encode()] += n
+    tokens = learn_vocabulary(words, vocab_size - 1)
     if len(tokens) < vocab_size - 1:
         print(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens",
               file=sys.stderr)

@@ -46,6 +46,15 @@ def naive_vocabulary(word_counts, n_tokens):
     return tokens
 
 
+def test_a_text_without_words_is_learned_from_in_pieces():
+    dna = "".join(random.Random(0).choices("ACGT", k=2000))
+    Path("dna.txt").write_text(dna)
+    meta = prepare.prepare(["dna.txt"], "data/dna", "bpe", 300)
+    pieces = Counter(dna[i:min(i + 16, 1800)].encode() for i in range(0, 1800, 16))
+    learned = [get_tokenizer("bpe", meta["vocabulary"]).decode_single_token_bytes(i) for i in range(299)]
+    assert learned == naive_vocabulary(pieces, 299)
+
+
 CHARACTERS = [chr(i) for i in range(32, 0x1FFFF) if regex.match(r"[\p{L}\p{M}\p{N}\p{P}\p{S}\p{Z}]", chr(i))]
 
 
