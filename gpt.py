@@ -214,7 +214,7 @@ class GPT(nn.Module):
         """Weights are drawn from a normal distribution with standard deviation 0.02; biases start at 0. The
         2 * n_layer layers that add to the residual stream start smaller, so that their sum does not grow with
         depth. The first logits are small: every token has a probability of about 1 / V, so the first loss is
-        little more than -ln(1 / V) = ln V: 11.0 for GPT-2, where ln V is 10.8. If not, look for a bug."""
+        little more than -ln(1 / V) = ln V: about 11 for GPT-2, where ln V is 10.8. If not, look for a bug."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
