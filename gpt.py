@@ -438,7 +438,9 @@ def load_checkpoint(path):
         return model.eval(), dict(content["meta"])
     except (PermissionError, MemoryError):
         raise
-    except Exception as error:          # anything else means a bad file
+    except Exception as error:          # anything else means a bad file, or too little memory
+        if "allocate memory" in str(error):
+            raise
         raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error
 
 
@@ -479,7 +481,8 @@ def from_pretrained(source):
     import transformers
     transformers.logging.disable_progress_bar()
     try:
-        config, gpt2 = transformers.AutoConfig.from_pretrained(source), transformers.GPT2Config()
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)      # runs no code
+        gpt2 = transformers.GPT2Config()
         for name in ("model_type", "activation_function", "layer_norm_epsilon", "scale_attn_weights",
                      "scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if (found := getattr(config, name, None)) != (expected := getattr(gpt2, name)):
@@ -497,6 +500,8 @@ def from_pretrained(source):
             ours.copy_(weight)
         return model.eval()
     except Exception as error:      # also of a bad folder, or a problem of the Hub
+        if "allocate memory" in str(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{source} is not a GPT-2 in Hugging Face's format, in a folder or on their Hub "
                          f"({reason})") from error

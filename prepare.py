@@ -345,18 +345,17 @@ def read_pieces(files, sample_size):
     """Yields (text, whether the document ends with it), in order, until sample_size documents have ended,
     keeping little of a file in memory. Reports progress every ten seconds."""
     n_documents, n_nulls, last = 0, 0, time.monotonic()
-    for path in files:
-        for text, ends_document in read_file(path):
-            if text is None:
-                n_nulls += 1
-                continue
+    for path, (text, ends_document) in ((file, piece) for file in files for piece in read_file(file)):
+        if text is None:
+            n_nulls += 1
+        else:
             yield text, ends_document
             n_documents += ends_document
-            if n_documents == sample_size:
-                return
-            if time.monotonic() > last + 10:
-                print(f"{n_documents:,} documents, reading {path}", file=sys.stderr)
-                last = time.monotonic()
+        if n_documents == sample_size:
+            break
+        if time.monotonic() > last + 10:
+            print(f"{n_documents:,} documents, reading {path}", file=sys.stderr)
+            last = time.monotonic()
     if n_nulls:
         print(f"skipped {n_nulls:,} documents whose text is null", file=sys.stderr)
 
@@ -635,7 +634,7 @@ def main(argv=None):
         raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
     if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
         raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
-    if ".." in folder.parts or folder == Path("data"):
+    if ".." in folder.parts or folder.parts[0] != "data" or folder == Path("data"):
         raise UserError(f"--name must be the name of a folder in data, not {folder}")
     if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:
         raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "

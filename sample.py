@@ -117,6 +117,9 @@ def load_model(source):
         tokenizer = meta["data"]["tokenizer"], meta["data"]["vocabulary"]
     elif "/" in str(source) and not os.path.exists(source) and Path(source).parent.is_dir():
         raise UserError(f"there is no {source}: run train.py first, or pass a file or folder that exists")
+    elif os.path.isdir(source) and not Path(source, "config.json").exists():
+        raise UserError(f"{source} has no checkpoint, and no model in Hugging Face's format: wait until "
+                        "train.py has saved one, or pass another file or folder")
     else:
         model, text = GPT.from_pretrained(source), exported.read_text() if exported.exists() else None
         tokenizer = ("gpt2", "") if text is None else ("bpe", text) if text else ("bytes", "")
@@ -132,9 +135,9 @@ def load_model(source):
 def has_other_tokenizer(source):
     """Whether a model in Hugging Face's format comes with a tokenizer, and it is not GPT-2's."""
     from transformers import AutoTokenizer
-    text = "Hello, wörld 123"
+    text = "Wörld 12"
     with suppress(Exception):       # it has none, or one that needs other packages
-        found = AutoTokenizer.from_pretrained(source).encode(text)
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False).encode(text)
         return found not in ([], get_tokenizer("gpt2").encode(text))
 
 
@@ -167,6 +170,8 @@ def newest_checkpoint(*folders):
 
 def read_prompt(file):
     """Returns the text of a file, or of standard input for "-"."""
+    if file == "-" and not sys.stdin:
+        raise UserError("standard input is closed: pass a file with --prompt_file")
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
         return content.decode("utf-8-sig")

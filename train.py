@@ -334,10 +334,11 @@ class World:
     and computes on `device`. A single process is a world of size 1. Raises UserError if they cannot start."""
 
     def __init__(self, device):
-        self.rank, self.size = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+        numbers = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+        self.rank, self.size = (int(number) if number.isdecimal() else -1 for number in numbers)
         self.device, self.sums = device, weakref.WeakSet()      # of sums that gloo still holds: see close
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if self.rank >= self.size or (self.size > 1 and not all(map(os.environ.get, names))):
+        if not 0 <= self.rank < self.size or (self.size > 1 and not all(map(os.environ.get, names))):
             raise UserError(f"{', '.join(names)} are not as torchrun sets them: use torchrun, or unset them")
         if device.type == "mps" and self.size > 1:
             raise UserError("several processes cannot share an Apple GPU: run without torchrun")
@@ -572,10 +573,10 @@ def save_if_due(run):
     n_sequences = run.args.keep_epochs * len(run.batches.sequences)
     before = (run.state.offset - run.args.global_batch_size) // n_sequences
     now = run.state.offset // n_sequences
+    if now > before or time.monotonic() > run.saved_at + SAVE_SECONDS:
+        save(run, "last.pt")    # first, so that there is one to resume if the machine dies in between
     if now > before:        # the last step completed another --keep_epochs epochs
         save(run, f"epoch_{now * run.args.keep_epochs:04}.pt")
-    if time.monotonic() > run.saved_at + SAVE_SECONDS:
-        save(run, "last.pt")
 
 
 def restore(run, meta):
@@ -804,9 +805,10 @@ def parse_args(argv):
         if any(name not in saved[1] for name in ("args", "data", "optimizers", "scaler", *asdict(State()))):
             raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run")
         defaults = {**saved[1]["args"], "device": None, "dry_run": False}
-    elif last.exists() and not given.dry_run:
+    elif (old := [*Path(out).glob("last.pt"), *Path(out).glob("*.pt")]) and not given.dry_run:
         load_meta(given.data)       # a mistake in --data is reported first
-        raise UserError(f"{last} is from an earlier run: add --resume, or choose another --out")
+        how = "add --resume, or choose" if last.exists() else "there is no last.pt to resume, so choose"
+        raise UserError(f"{old[0]} is from an earlier run: {how} another --out")
     elif given.init:
         defaults = RECIPES["fine-tuning"]
     else:

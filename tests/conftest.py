@@ -42,8 +42,9 @@ GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ["TEST_GPU"]} if os.envir
 
 def pytest_configure(config):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Where a shell starts the tests in the background, Ctrl-C is ignored, also by all that they start.
+    # Where a shell starts the tests in the background or under nohup, all that they start ignores these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # Tiny models are no faster on several threads, and much slower where other processes use the cores.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -173,6 +173,9 @@ def test_a_text_that_is_null_is_skipped_and_counted(capsys, kind):
     prepare.prepare([f"rows.{kind}"], "data/rows", "bytes")
     assert documents("data/rows") == [*map(str, range(50)), "last"]
     assert "skipped 2 documents whose text is null" in capsys.readouterr().err
+    prepare.prepare([f"rows.{kind}"], "data/rows", "bytes", sample_size=51)
+    assert documents("data/rows") == [*map(str, range(50)), "last"]
+    assert "skipped 2 documents whose text is null" in capsys.readouterr().err
 
 
 def test_linked_folders_are_read_once_hidden_ones_not_and_what_is_left_out_is_said(capsys):
@@ -291,7 +294,8 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(
 
 
 @pytest.mark.parametrize("environment", [
-    {"WORLD_SIZE": "2"}, {"RANK": "3"}, {"RANK": "1", "WORLD_SIZE": "2"},
+    {"WORLD_SIZE": "2"}, {"RANK": "3"}, {"RANK": "-1"}, {"RANK": "abc"}, {"WORLD_SIZE": "1.0"},
+    {"RANK": "1", "WORLD_SIZE": "2"},
     {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}],
     ids=str)
 def test_an_environment_that_contradicts_itself_is_one_line(fails, data, monkeypatch, environment):
@@ -316,12 +320,12 @@ def test_a_reader_that_goes_away_ends_it_quietly(checkpoint, command, status):
 
 
 @pytest.mark.parametrize("command", [
-    "PYTHON train.py --data data/text --n_layer 1 --n_embd 8 --block_size 16 --max_steps 2 2>&-",
+    "PYTHON train.py --data data/text --n_layer 1 --n_embd 8 --block_size 16 --max_steps 2 --out new 2>&-",
     "PYTHON sample.py --prompt a --checkpoint out/text/best.pt --max_new_tokens 3 >&- 2>&-",
     "PYTHON prepare.py text.txt --tokenizer bytes --name new >&- 2>&-"])
 def test_streams_may_be_closed_from_the_beginning(data, checkpoint, command):
     assert shell(command).returncode == 0
-    assert "train.py" not in command or gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+    assert "train.py" not in command or gpt.load_checkpoint("new/last.pt")[1]["step"] == 2
 
 
 @pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])

@@ -84,6 +84,15 @@ def test_a_model_with_a_tokenizer_of_its_own_is_refused_rather_than_read_with_gp
     fails(sample.main, ["--checkpoint", "other"], "other has a tokenizer of its own: only models with GPT-2")
 
 
+def test_code_that_comes_with_a_model_does_not_run(fails, monkeypatch):
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    Path("folder/evil.py").write_text("open('ran', 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    fails(sample.main, ["--checkpoint", "folder"], "folder is not a GPT-2 in Hugging Face's format")
+    assert not Path("ran").exists()
+
+
 @pytest.mark.parametrize("name", gpt.MODELS)
 def test_each_model_continues_in_transformers_as_it_does_here(name):
     from dataclasses import replace

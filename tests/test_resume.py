@@ -223,6 +223,16 @@ def test_an_earlier_run_is_not_overwritten(fails, data):
     assert same_weights(model, gpt.load_checkpoint("out/text/last.pt")[0])
 
 
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_what_is_left_of_an_earlier_run_is_not_overwritten_either(fails, data, flags):
+    run("--max_steps", 2)
+    os.remove("out/text/last.pt")
+    before = Path("out/text/best.pt").read_bytes()
+    fails(main, [*QUICK, "--out", "out/text", *flags],
+          "best.pt is from an earlier run: there is no last.pt to resume, so choose another --out")
+    assert Path("out/text/best.pt").read_bytes() == before
+
+
 def test_a_run_that_took_no_step_leaves_no_checkpoint_and_can_begin_again(data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", None)

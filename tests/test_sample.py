@@ -264,6 +264,7 @@ def test_on_a_terminal_likely_tokens_are_green_and_unlikely_ones_red(sampled, mo
     (["--prompt_file", "bad.txt"], "the prompt in bad.txt is not UTF-8 at byte 1"),
     (["--prompt", "a", "--prompt_file", "b"], "argument --prompt_file: not allowed with argument --prompt"),
     (["--temperature", "-1"], "argument --temperature: must be a number, at least 0, not '-1'"),
+    (["--checkpoint", "out"], "out has no checkpoint, and no model in Hugging Face's format: wait until"),
     (["--num_samples", "2", "--show_probs"], "--show_probs: not allowed with argument --num_samples"),
     (["--temperature", "hot"], "argument --temperature: must be a number, at least 0, not 'hot'"),
     (["--temperature", "nan"], "argument --temperature: must be a number, at least 0, not 'nan'"),
