@@ -121,9 +121,11 @@ def load_model(source):
         raise UserError(f"{source} has no checkpoint, and no model in Hugging Face's format: wait until "
                         "train.py has saved one, or pass another file or folder")
     else:
-        model, text = GPT.from_pretrained(source), exported.read_text() if exported.exists() else None
-        tokenizer = ("gpt2", "") if text is None else ("bpe", text) if text else ("bytes", "")
-        if text is None and has_other_tokenizer(source):
+        model, tokenizer = GPT.from_pretrained(source), ("gpt2", "")
+        if exported.exists():
+            text = exported.read_text()
+            tokenizer = ("bpe", text) if text else ("bytes", "")
+        elif has_other_tokenizer(source):
             raise UserError(f"{source} has a tokenizer of its own: only models with GPT-2's can be used")
     ours, theirs = get_tokenizer(*tokenizer).n_vocab, model.config.vocab_size
     if ours != theirs:
@@ -157,7 +159,7 @@ def export(model, tokenizer, folder):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_object, bos_token=end, eos_token=end, unk_token=end,
         model_max_length=model.config.block_size).save_pretrained(folder)
-    if tokenizer[0] != "gpt2":      # load_model looks for it
+    if tokenizer[0] != "gpt2":      # load_model looks for it; it is empty for bytes
         Path(folder, "vocabulary.tiktoken").write_text(tokenizer[1])
 
 

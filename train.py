@@ -569,7 +569,7 @@ def save(run, name):
 
 
 def save_if_due(run):
-    """Saves last.pt every ten minutes, and a checkpoint to keep every --keep_epochs epochs."""
+    """Saves last.pt every ten minutes, and with a checkpoint to keep every --keep_epochs epochs."""
     n_sequences = run.args.keep_epochs * len(run.batches.sequences)
     before = (run.state.offset - run.args.global_batch_size) // n_sequences
     now = run.state.offset // n_sequences
@@ -805,10 +805,12 @@ def parse_args(argv):
         if any(name not in saved[1] for name in ("args", "data", "optimizers", "scaler", *asdict(State()))):
             raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run")
         defaults = {**saved[1]["args"], "device": None, "dry_run": False}
-    elif (old := [*Path(out).glob("last.pt"), *Path(out).glob("*.pt")]) and not given.dry_run:
+    elif (checkpoints := sorted(Path(out).glob("*.pt"))) and not given.dry_run:
         load_meta(given.data)       # a mistake in --data is reported first
-        how = "add --resume, or choose" if last.exists() else "there is no last.pt to resume, so choose"
-        raise UserError(f"{old[0]} is from an earlier run: {how} another --out")
+        if last in checkpoints:
+            raise UserError(f"{last} is from an earlier run: add --resume, or choose another --out")
+        raise UserError(f"{checkpoints[0]} is from an earlier run: there is no last.pt to resume, so choose "
+                        "another --out")
     elif given.init:
         defaults = RECIPES["fine-tuning"]
     else:

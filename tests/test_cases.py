@@ -293,6 +293,26 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(
     assert not Path("out/new/last.pt").exists()
 
 
+def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(fails, checkpoint, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(torch, "load", full)
+    fails(sample.main, ["--checkpoint", checkpoint], "out of memory: lower --num_samples")
+
+
+def test_a_closed_standard_input_has_no_prompt(fails, checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    fails(sample.main, ["--prompt_file", "-"], "standard input is closed: pass a file with --prompt_file")
+
+
+def test_a_name_stays_in_data_even_as_an_absolute_path(fails):
+    Path("books.txt").write_text("one")
+    fails(prepare.main, ["books.txt", "--tokenizer", "bytes", "--name", str(Path.cwd() / "new")],
+          "--name must be the name of a folder in data, not ")
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize("environment", [
     {"WORLD_SIZE": "2"}, {"RANK": "3"}, {"RANK": "-1"}, {"RANK": "abc"}, {"WORLD_SIZE": "1.0"},
     {"RANK": "1", "WORLD_SIZE": "2"},

@@ -233,6 +233,13 @@ def test_what_is_left_of_an_earlier_run_is_not_overwritten_either(fails, data, f
     assert Path("out/text/best.pt").read_bytes() == before
 
 
+def test_there_is_a_last_checkpoint_to_resume_whenever_one_was_kept(data, monkeypatch):
+    saved, save = [], train.save
+    monkeypatch.setattr(train, "save", lambda run, name: saved.append(name) or save(run, name))
+    run("--keep_epochs", 1, "--epochs", 2, "--eval_interval", 1000)
+    assert saved[:4] == ["last.pt", "epoch_0001.pt", "last.pt", "epoch_0002.pt"]
+
+
 def test_a_run_that_took_no_step_leaves_no_checkpoint_and_can_begin_again(data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", None)
