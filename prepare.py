@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import chain, cycle, islice, pairwise
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import filelock
@@ -74,12 +74,13 @@ def learn_vocabulary(word_counts, max_tokens):
 
     Text is cut into words first, and no token spans two words. Otherwise common phrases such as " of the"
     would use up tokens. This also saves time: a word that occurs a million times is merged once."""
-    # words[i] is a list of tokens, at first bytes, and counts[i] how often that word occurs in the text.
-    # words_with[pair] has the i of every word that contains the pair.
-    words, counts = [list(word) for word in word_counts], list(word_counts.values())
+    # Here a word is a string with a character for each token: token 300 is chr(300), and latin-1 turns bytes
+    # into chr(0) to chr(255). So word.replace(pair, new) merges a pair. words[i] occurs counts[i] times in
+    # the text, and words_with[pair] has the i of every word that contains the pair.
+    words, counts = [word.decode("latin-1") for word in word_counts], list(word_counts.values())
     pair_counts, words_with = Counter(), defaultdict(set)
     for i, word in enumerate(words):
-        for pair in pairwise(word):
+        for pair in pairs(word):
             pair_counts[pair] += counts[i]
             words_with[pair].add(i)
     # A heap finds its smallest entry quickly: with negative counts, the most frequent pair.
@@ -96,13 +97,16 @@ def learn_vocabulary(word_counts, max_tokens):
             continue
         if count < 2:
             break
-        new, new_pairs = len(tokens), set()
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in words_with.pop(pair):      # if a word has lost the pair since, merge changes nothing
-            for old_pair in pairwise(words[i]):
+        new, new_pairs = chr(len(tokens)), set()
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
+        for i in words_with.pop(pair):      # if a word has lost the pair since, replace changes nothing
+            # Only this stretch changes: from one token before the first merge to one after the last.
+            first, last = words[i].find(pair), words[i].rfind(pair)
+            stretch = words[i][max(0, first - 1):last + 3]
+            words[i] = words[i].replace(pair, new)
+            for old_pair in pairs(stretch):
                 pair_counts[old_pair] -= counts[i]
-            words[i] = merge(words[i], pair, new)
-            for new_pair in pairwise(words[i]):
+            for new_pair in pairs(stretch.replace(pair, new)):
                 pair_counts[new_pair] += counts[i]
                 if new in new_pair:
                     words_with[new_pair].add(i)
@@ -112,15 +116,9 @@ def learn_vocabulary(word_counts, max_tokens):
     return tokens
 
 
-def merge(word, pair, new):
-    """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
-    merged = []
-    for token in word:
-        if merged and (merged[-1], token) == pair:
-            merged.pop()
-            token = new
-        merged.append(token)
-    return merged
+def pairs(word):
+    """pairs("abcd") -> ["ab", "bc", "cd"]"""
+    return [word[i:i + 2] for i in range(len(word) - 1)]
 
 
 def tokenizer_parts(name, vocabulary=""):
@@ -237,7 +235,7 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
         size = 16 if len(word) > 100 else len(word)
         for i in range(0, len(word), size):
             words[word[i:i + size].encode()] += n
-    tokens = learn_vocabulary(words, vocab_size - 1)
+    tokens = learn_vocabulary(dict(words.most_common(LEARN_FROM_WORDS)), vocab_size - 1)
     if len(tokens) < vocab_size - 1:
         print(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens",
               file=sys.stderr)
@@ -280,7 +278,8 @@ def statistics(path, tokenizer):
 # ------------------------------------------------------------------------------------ sources
 
 CHUNK = 2 ** 15                 # characters read from a file at a time
-LEARN_FROM = 100_000_000        # learn a vocabulary from at most this many characters
+LEARN_FROM = 100_000_000        # learn a vocabulary from at most this many characters,
+LEARN_FROM_WORDS = 200_000      # and of the words in them, from the most frequent, if there are more
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 NAMED_SOURCES = {
     "fineweb": "hf:eliplutchok/fineweb-small-sample",

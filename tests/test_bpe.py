@@ -55,6 +55,15 @@ def test_a_text_without_words_is_learned_from_in_pieces():
     assert learned == naive_vocabulary(pieces, 299)
 
 
+def test_of_very_many_words_the_most_frequent_are_learned_from(monkeypatch):
+    monkeypatch.setattr(prepare, "LEARN_FROM_WORDS", 2)
+    Path("words.txt").write_text(" zz" * 5 + " ab" * 4 + " xy" * 3 + "\n" * 6)
+    meta = prepare.prepare(["words.txt"], "data/words", "bpe", 300)
+    tokenizer = get_tokenizer("bpe", meta["vocabulary"])
+    learned = [tokenizer.decode([token]) for token in range(256, tokenizer.eot_token)]
+    assert learned == [" z", " zz", " a", " ab"]
+
+
 CHARACTERS = [chr(i) for i in range(32, 0x1FFFF) if regex.match(r"[\p{L}\p{M}\p{N}\p{P}\p{S}\p{Z}]", chr(i))]
 
 
@@ -87,9 +96,8 @@ def test_merges_of_a_real_text_are_those_of_counting_all_pairs_anew():
     assert learn_vocabulary(words, 400) == naive_vocabulary(words, 400)
 
 
-def test_merge_goes_from_left_to_right():
-    assert prepare.merge([1, 2, 3, 1, 2], (1, 2), 9) == [9, 3, 9]
-    assert prepare.merge([1, 1, 1, 1, 1], (1, 1), 9) == [9, 9, 1]
+def test_the_pairs_of_a_word_are_its_neighbours():
+    assert prepare.pairs("abcd") == ["ab", "bc", "cd"] and prepare.pairs("a") == []
 
 
 def test_the_vocabulary_does_not_depend_on_the_number_of_cores(monkeypatch):
