@@ -436,11 +436,9 @@ def load_checkpoint(path):
         if model.config.tied:
             model.lm_head.weight = model.wte.weight
         return model.eval(), dict(content["meta"])
-    except (PermissionError, MemoryError):
+    except PermissionError:
         raise
-    except Exception as error:          # anything else means a bad file, or too little memory
-        if "allocate memory" in str(error):
-            raise
+    except Exception as error:          # anything else means a bad file (or too little memory)
         raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error
 
 
@@ -500,8 +498,6 @@ def from_pretrained(source):
             ours.copy_(weight)
         return model.eval()
     except Exception as error:      # also of a bad folder, or a problem of the Hub
-        if "allocate memory" in str(error):
-            raise
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{source} is not a GPT-2 in Hugging Face's format, in a folder or on their Hub "
                          f"({reason})") from error
@@ -525,7 +521,7 @@ def choose_device(name=None):
     try:
         y = x.to(name)
         matmuls = torch.cat([y.T @ y, y @ y.T]).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:      # PyTorch raises all kinds
         raise ModelError(f"there is no device {name} here: use --device cpu or leave the flag out") from error
     if not torch.allclose(matmuls, torch.cat([x.T @ x, x @ x.T]), rtol=0.01):      # as on some Apple GPUs
         raise ModelError(f"matmuls on {name} are wrong in PyTorch {torch.__version__}: use --device cpu")

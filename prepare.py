@@ -248,9 +248,9 @@ def vocabulary_text(ranks):
 
 
 def encode_all(pieces, parts):
-    """Yields the tokens of all pieces, in order, encoded in threads on all cores, since tiktoken releases
+    """Yields the tokens of all pieces, in order. Encodes in threads on at most 16 cores: tiktoken releases
     Python's global lock. Reads only a few batches ahead, so that memory does not grow with the text."""
-    workers = os.cpu_count()
+    workers = min(16, os.cpu_count() or 1)      # each has a tokenizer, which takes 11 MB for gpt2
     tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]       # threads sharing one would wait
     batches = iter(lambda: list(islice(pieces, 32)), [])        # so that short documents keep cores busy, too
     pending = deque()
@@ -486,7 +486,7 @@ def load_meta(folder):
     if not path.is_file():
         raise UserError(f"{path.parent.absolute()} contains no prepared data (no meta.json): run prepare.py, "
                         "or pass the right folder, such as --data data/NAME")
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         meta = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = Path(folder, "vocabulary.tiktoken").read_bytes()
         if meta.pop("checksum") == checksum(meta, vocabulary) and meta["format"] == FORMAT:
@@ -543,8 +543,8 @@ def checked(kind, fits, description):
 
 
 positive_int = checked(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
-positive_float = checked(float, lambda x: 0 < x < 1e99, "a number above 0")
-at_least_0 = checked(float, lambda x: 0 <= x < math.inf, "a number, at least 0")
+positive_float = checked(float, lambda x: 0 < x < 1e35, "a number above 0 and below 1e35")
+at_least_0 = checked(float, lambda x: 0 <= x < 1e35, "a number, at least 0 and below 1e35")
 seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
 
 
@@ -566,15 +566,15 @@ def one_line_errors(*kinds, out_of_memory):
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        message = str(error)
+        message, root = str(error), error.__cause__ or error
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             message = f"this needs the package {package}: pip install {package}"
-        elif not isinstance(error, (UserError, OSError, *kinds)):
-            signs = ("out of memory", "allocate memory")
-            if not isinstance(error, MemoryError) and not any(sign in message for sign in signs):
-                raise
+        elif isinstance(root, MemoryError) or (isinstance(root, RuntimeError) and (
+                "out of memory" in str(root) or "allocate memory" in str(root))):
             message = f"out of memory: {out_of_memory}"
+        elif not isinstance(error, (UserError, OSError, *kinds)):
+            raise
         sys.stderr.write(f"error: {' '.join(message.split())}\n")       # one line, whatever it quotes
         raise SystemExit(2) from error
 
@@ -589,7 +589,7 @@ def on_ending_signals(handler=signal.default_int_handler):
 
 def in_colour():
     """Whether to use colours (https://no-color.org)."""
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def duration(seconds):

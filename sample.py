@@ -144,23 +144,27 @@ def has_other_tokenizer(source):
 
 
 def export(model, tokenizer, folder):
-    """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs transformers."""
+    """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs transformers.
+    Raises ModelError if it cannot be written. Then, nothing is left of it."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    parts = tokenizer_parts(*tokenizer)
+    parts, parent = tokenizer_parts(*tokenizer), Path(folder).absolute().parent
     [end] = parts["special_tokens"]
-    model.save_pretrained(folder)
-    text = vocabulary_text(parts["mergeable_ranks"])
-    with tempfile.TemporaryDirectory() as temporary:        # a new path, as tiktoken caches files by path
-        vocabulary = Path(temporary, "vocabulary.tiktoken")
-        vocabulary.write_text(text)
-        converter = TikTokenConverter(str(vocabulary), parts["pat_str"], extra_special_tokens=[end])
-        tokenizer_object = converter.converted()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer_object, bos_token=end, eos_token=end, unk_token=end,
-        model_max_length=model.config.block_size).save_pretrained(folder)
-    if tokenizer[0] != "gpt2":      # load_model looks for it; it is empty for bytes
-        Path(folder, "vocabulary.tiktoken").write_text(tokenizer[1])
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            new, vocabulary = Path(temporary, "new"), Path(temporary, "vocabulary")
+            vocabulary.write_text(vocabulary_text(parts["mergeable_ranks"]))
+            converter = TikTokenConverter(str(vocabulary), parts["pat_str"], extra_special_tokens=[end])
+            model.save_pretrained(new)
+            PreTrainedTokenizerFast(
+                tokenizer_object=converter.converted(), bos_token=end, eos_token=end, unk_token=end,
+                model_max_length=model.config.block_size).save_pretrained(new)
+            if tokenizer[0] != "gpt2":      # load_model looks for it; it is empty for bytes
+                (new / "vocabulary.tiktoken").write_text(tokenizer[1])
+            os.rename(new, folder)
+    except Exception as error:      # the libraries have exceptions of their own
+        raise ModelError(f"cannot write {folder} ({error})") from error
 
 
 def newest_checkpoint(*folders):

@@ -852,8 +852,8 @@ def main(argv=None):
             world.print(f"stopped after step {run.state.step:,} of {run.total_steps:,} and saved: the same "
                         "command with --resume continues")
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or args.out} ({error.strerror}): fix that, or choose "
-                        "another --out; earlier checkpoints can still be resumed") from error
+        raise UserError(f"cannot read or write {error.filename or args.out} ({error.strerror}): fix that, or "
+                        "choose another --out; earlier checkpoints can still be resumed") from error
     finally:
         world.close()
 

@@ -3,6 +3,7 @@ memory that runs out, and all the ways in which a session ends."""
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -137,6 +138,17 @@ def test_a_run_that_another_process_has_meanwhile_written_is_not_overwritten(fai
 def test_an_export_does_not_overwrite(fails, checkpoint, data):
     fails(sample.main, ["--checkpoint", checkpoint, "--export", data], "data/text already exists: choose")
     prepare.load_meta(data)
+
+
+@pytest.mark.parametrize("limit", [1000, 30_000])       # the model is smaller than its tokenizer
+def test_an_export_to_a_full_disk_leaves_nothing(fails, checkpoint, limit):
+    before, (_, most) = sorted(os.listdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    try:
+        fails(sample.main, ["--checkpoint", checkpoint, "--export", "folder"], "cannot write folder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert sorted(os.listdir()) == before
 
 
 def test_a_file_with_a_short_name_is_not_passed_over_in_silence(monkeypatch, capsys):
@@ -301,6 +313,23 @@ def test_a_checkpoint_too_large_for_the_memory_is_not_called_damaged(fails, chec
     fails(sample.main, ["--checkpoint", checkpoint], "out of memory: lower --num_samples")
 
 
+def test_what_a_message_quotes_is_not_taken_for_a_lack_of_memory(fails):
+    fails(sample.main, ["--checkpoint", "out of memory.pt"], "there is no checkpoint out of memory.pt")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "vocabulary.tiktoken", "train.bin"])
+def test_data_that_may_not_be_read_are_not_called_damaged(fails, data, monkeypatch, name):
+    def refuse(path, *args, **options):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, *args, **options)
+
+    real_open = open
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    fails(train.main, QUICK, "Permission denied")
+
+
 def test_a_closed_standard_input_has_no_prompt(fails, checkpoint, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     fails(sample.main, ["--prompt_file", "-"], "standard input is closed: pass a file with --prompt_file")
@@ -352,6 +381,7 @@ def test_streams_may_be_closed_from_the_beginning(data, checkpoint, command):
 def test_colour_can_be_turned_off(checkpoint, monkeypatch, capsys, name, value):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "")      # the same as unset
     sample.main(["--show_probs", "--max_new_tokens", "2"])
     assert "\033[" in capsys.readouterr().out
     monkeypatch.setenv(name, value)

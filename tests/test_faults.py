@@ -78,8 +78,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_line(fails, data, l
     model, _ = run("--max_steps", 2)
     limit_files(300_000)        # weights alone are below it
     fails(main, [*RESUME, "--max_steps", 4],
-          "cannot write out/text (File too large): fix that, or choose another --out; earlier checkpoints "
-          "can still be resumed")
+          "cannot read or write out/text (File too large): fix that, or choose another --out; earlier "
+          "checkpoints can still be resumed")
     last, meta = gpt.load_checkpoint("out/text/last.pt")
     assert meta["step"] == 2 and same_weights(model, last)
     assert not list(Path("out/text").glob("*.tmp"))
@@ -89,7 +89,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_one_line(fails
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda model: Path("out/text/last.pt.tmp").symlink_to("/dev/full"))
         fails(main, [*QUICK, "--max_steps", 9, "--eval_interval", 3],
-              "cannot write out/text (No space left on device): fix that, or choose another --out")
+              "cannot read or write out/text (No space left on device): fix that, or choose another --out")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 3
     main(["--out", "out/text", "--resume"])
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 9
@@ -97,7 +97,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_one_line(fails
 
 def test_a_folder_that_cannot_be_written_is_reported_in_one_line(fails, data):
     Path("file").touch()
-    fails(main, [*QUICK, "--out", "file/text"], "cannot write file/text (Not a directory): fix")
+    fails(main, [*QUICK, "--out", "file/text"], "cannot read or write file/text (Not a directory): fix")
 
 
 def test_a_log_that_cannot_be_appended_is_reported_in_one_line(fails, data, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_log_that_cannot_be_appended_is_reported_in_one_line(fails, data, monk
 
     at_step(monkeypatch, 3, fill_disk)
     fails(main, [*QUICK, "--max_steps", 4, "--eval_interval", 2, "--log_interval", 1],
-          "cannot write out/text (No space left on device): fix that")
+          "cannot read or write out/text (No space left on device): fix that")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 

@@ -396,7 +396,7 @@ def test_a_hugging_face_folder_of_another_kind_is_refused(model, tmp_path):
 
 # ------------------------------------------------------------------------------------- device and dtype
 
-@pytest.mark.parametrize("name", ["warp", "cuda:99"])
+@pytest.mark.parametrize("name", ["warp", "cuda:99", "hpu"])
 def test_a_device_that_this_machine_does_not_have_is_refused(name):
     with pytest.raises(ModelError, match=f"there is no device {name} here: use --device cpu"):
         gpt.choose_device(name)
