@@ -64,8 +64,7 @@ WORD = "|".join([
 
 def learn_vocabulary(word_counts, max_tokens):
     """Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). word_counts maps each word
-    (a bytes object) to how often it occurs. Returns the list of tokens (bytes objects); a token's number is
-    its index in this list.
+    (bytes) to how often it occurs. Returns the tokens, a list of bytes; a token's number is its index.
 
     The first 256 tokens are the single bytes. Then the most frequent pair of neighbours becomes a new token
     and is merged everywhere (ties go to the pair with the lowest numbers), and so on, until there are
@@ -74,18 +73,17 @@ def learn_vocabulary(word_counts, max_tokens):
 
     Text is cut into words first, and no token spans two words. Otherwise common phrases such as " of the"
     would use up tokens. This also saves time: a word that occurs a million times is merged once."""
-    # Here a word is a string with a character for each token: token 300 is chr(300), and latin-1 turns bytes
-    # into chr(0) to chr(255). So word.replace(pair, new) merges a pair. words[i] occurs counts[i] times in
-    # the text, and words_with[pair] has the i of every word that contains the pair.
+    # Here a word is a string with one character per token: chr(300) for token 300, and for bytes the same, in
+    # latin-1. So word.replace(pair, new) merges a pair. words[i] occurs counts[i] times in the text, and
+    # words_with[pair] has the i of every word that contains the pair.
     words, counts = [word.decode("latin-1") for word in word_counts], list(word_counts.values())
     pair_counts, words_with = Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for pair in pairs(word):
             pair_counts[pair] += counts[i]
             words_with[pair].add(i)
-    # A heap finds its smallest entry quickly: with negative counts, the most frequent pair.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapify(heap)
+    heapify(heap)       # heappop then quickly finds the smallest entry, which is the most frequent pair
     tokens = [bytes([i]) for i in range(256)]
     while heap and len(tokens) < max_tokens:
         negative_count, pair = heappop(heap)
@@ -544,7 +542,7 @@ def checked(kind, fits, description):
 
 positive_int = checked(int, lambda n: 1 <= n < 2 ** 31, "a whole number above 0 and below 2^31")
 positive_float = checked(float, lambda x: 0 < x < 1e35, "a number above 0 and below 1e35")
-at_least_0 = checked(float, lambda x: 0 <= x < 1e35, "a number, at least 0 and below 1e35")
+at_least_0 = checked(float, lambda x: 0 <= x <= 1e35, "a number from 0 to 1e35")
 seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^32 - 1")
 
 

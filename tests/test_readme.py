@@ -145,6 +145,7 @@ def little_of_all(monkeypatch):
     tiny = gpt.GPTConfig(block_size=512, n_layer=1, n_head=1, n_embd=8)
     monkeypatch.setattr(train, "MODELS", dict.fromkeys(gpt.MODELS, tiny))
     monkeypatch.setattr(gpt.GPT, "from_pretrained", lambda name: gpt.GPT(tiny).eval())
+    monkeypatch.setattr(sample, "has_other_tokenizer", lambda name: False)
     monkeypatch.setitem(train.sys.modules, "wandb", SimpleNamespace(init=lambda **options: None))
     for name in ("books", "words", "python"):
         Path("out", name).mkdir(parents=True)

@@ -550,7 +550,7 @@ def test_compiled_training_is_the_same_training(data):
     (["--lr", "fast"], "argument --lr: must be a number above 0 and below 1e35, not 'fast'"),
     (["--lr", "nan"], "argument --lr: must be a number above 0 and below 1e35, not 'nan'"),
     (["--lr", "1e98"], "argument --lr: must be a number above 0 and below 1e35, not '1e98'"),
-    (["--weight_decay", "1e98"], "must be a number, at least 0 and below 1e35, not '1e98'"),
+    (["--weight_decay", "1e98"], "must be a number from 0 to 1e35, not '1e98'"),
     (["--warmup", "1"], "argument --warmup: must be a number, at least 0 and below 1, not '1'"),
     (["--epochs", "1", "--max_steps", "1"], "argument --max_steps: not allowed with argument --epochs"),
     (["--n_embd", "33"], "n_embd (33) must be divisible by n_head (2)"),
