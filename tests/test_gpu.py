@@ -47,6 +47,18 @@ def test_the_kernel_gets_head_sizes_that_older_gpus_have_it_for(monkeypatch):
     assert seen == [(24, 1 / math.sqrt(19))] * 2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_the_model_makes_is_on_its_own_device(fused):
+    with torch.device("meta"):      # which has shapes but no data, and refuses most others
+        model, ids = gpt.GPT(ODD, fused), torch.zeros(2, 16).long()
+        caches = [gpt.KVCache(model, 2) for _ in model.h]
+    model(ids, ids).backward()
+    with torch.inference_mode():
+        made = [model(ids), model.hidden(ids, caches), *(p.grad for p in model.parameters())]
+        made += [caches[0].keys, train.orthogonalize(made[1], torch.bfloat16)]
+    assert {x.device.type for x in made} == {"meta"}
+
+
 # --------------------------------------------------------------------------------------------- compilation
 
 def test_the_model_and_its_loss_are_one_graph():
