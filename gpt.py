@@ -7,13 +7,13 @@
 
 B is the batch size (sequences side by side), T time (positions in a sequence), C channels (the width of the
 vector at each position), H attention heads, D head size (H * D = C), V the vocabulary size. A token is a
-number below V, made from text by prepare.py. Parameters are named as in OpenAI's release: wte and wpe are
-embedding tables, with a learned vector for each token and for each position. h holds the blocks. c_attn, c_fc
-and c_proj are linear layers. Logits are scores, one per token, which a softmax turns into probabilities.
+number below V, made from text by prepare.py. Logits are scores, one per token, which a softmax turns into
+probabilities. Layers are named as in OpenAI's release: wte has a learned vector for each token, wpe one for
+each position, h holds the blocks, and c_attn, c_fc and c_proj are linear layers.
 
 GELU, attention, cross-entropy and LayerNorm exist twice: as formulas, for reading, and as kernels below the
-banner, which run by default, are faster, and agree up to rounding. Layers get one set of four as `ops`.
-Left out: training (train.py), text (prepare.py, sample.py), and architectures newer than GPT-2.
+banner, which are faster and agree up to rounding. GPT(config) gives its layers the kernels as `ops`, and
+GPT(config, fused=False) the formulas. Left out: training, text, and architectures newer than GPT-2.
 """
 
 import math
@@ -46,7 +46,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, size in asdict(self).items():
-            if name not in ("dropout", "bias", "tied") and (type(size) is not int or size < 1):
+            if type(self).__annotations__[name] is int and (type(size) is not int or size < 1):
                 raise ModelError(f"{name} must be a whole number above 0, not {size!r}")
         if type(self.dropout) is not float or not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
@@ -56,7 +56,7 @@ class GPTConfig:
 
 MODELS = {
     "nano": GPTConfig(block_size=128, vocab_size=2048, n_layer=4, n_head=2, n_embd=128),
-    # For two 16 GB GPUs: shallower and narrower, half-width MLP, untied lm_head. Its head size is odd (57).
+    # For two 16 GB GPUs: shallower and narrower, half-width MLP, untied lm_head, heads of an odd size (57).
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
@@ -75,8 +75,8 @@ def gelu(x):
 
 def attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
-    q and the result are (B, H, T, D), k and v (B, H, S, D): T positions look at S. In training S = T. In
-    generation, S also counts earlier positions, whose k and v were kept (see KVCache).
+    q and the result are (B, H, T, D), k and v (B, H, S, D): T positions look at S positions. In training they
+    are the same. In generation, S also counts earlier positions, whose k and v were kept (see KVCache).
 
     Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
     on?). The dot product of a query and a key, their score, says how well they match. A softmax turns the
@@ -107,7 +107,7 @@ def attention(q, k, v, dropout):
 def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
     bits). x is (B, T, C), targets (B, T), and weight is lm_head's, which may have more than V rows. It takes
-    x rather than logits, so that the fast version never has to hold all logits at once."""
+    x, not logits, because chunked_cross_entropy, which runs by default, never holds all logits at once."""
     logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
@@ -172,8 +172,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention gathers information from other positions, then the MLP processes it. Each reads the residual
-    stream x through a LayerNorm and adds its result to x. So x passes through all blocks as a plain sum: a
-    direct path for gradients back to the first block (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
+    stream x through a LayerNorm and adds its result to x. So x is a running sum, and gradients reach the
+    first block directly (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, config, ops):
         super().__init__()
@@ -206,15 +206,15 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.ln_f = ops.LayerNorm(config)
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
-        if config.tied:     # one table to read and predict tokens (a logit is x's dot product with a row)
+        if config.tied:     # one table turns tokens into vectors and, at the end, vectors into logits
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
     def init_weights(self):
-        """Weights are drawn from a normal distribution with standard deviation 0.02; biases start at 0. The
+        """Matrices are drawn from a normal distribution with standard deviation 0.02; biases start at 0. The
         2 * n_layer layers that add to the residual stream start smaller, so that their sum does not grow with
         depth. The first logits are small: every token has a probability of about 1 / V, so the first loss is
-        little more than -ln(1 / V) = ln V: about 11 for GPT-2, where ln V is 10.8. If not, look for a bug."""
+        close to -ln(1 / V) = ln V. For GPT-2, ln V is 10.8, and the loss 10.9. If not, look for a bug."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
@@ -300,16 +300,16 @@ def next_token(logits, temperature, top_k, top_p, generator):
     (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
-    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # <= 0: no overflow to inf
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: cannot overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]     # (B, V) -> (B, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         descending, order = probabilities.sort(dim=-1, descending=True)
-        descending[descending.cumsum(-1) - descending >= top_p] = 0         # if likelier ones reach top_p
+        descending[descending.cumsum(-1) - descending >= top_p] = 0         # likelier ones reach top_p
         probabilities = probabilities.scatter(1, order, descending)         # back in the vocabulary's order
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)      # makes the sum 1 again
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)      # for any sum, not just 1
 
 
 # ================================================================================== plumbing
@@ -332,7 +332,7 @@ PADDED = ("cuda",)      # device types where the head size is padded
 
 
 def fused_attention(q, k, v, dropout):
-    """The same as attention, with PyTorch's fused kernel, which never holds all scores at once."""
+    """The same as attention (dropout aside), with a fused kernel, which never holds all scores at once."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     # If T == S, is_causal makes the mask. A single new position may attend to all others: it needs no mask.
     assert T == S or T == 1

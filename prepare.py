@@ -1,4 +1,4 @@
-"""Text to tokens: writes data/NAME/{train.bin, val.bin, meta.json}, which train.py reads.
+"""Text to tokens: writes train.bin, val.bin, vocabulary.tiktoken and meta.json to data/NAME, for train.py.
 
     python prepare.py                                   this Python's standard library
     python prepare.py books/ more.txt --name books      text files, with GPT-2's tokenizer
@@ -7,11 +7,12 @@
 
 A model computes with numbers, so text is split into pieces called tokens, and each token has a number. With
 the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words.
-"bpe" learns such a vocabulary from the text itself and writes it to vocabulary.tiktoken.
+"bpe" learns such a vocabulary from the text itself, but not from the part for validation.
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
-each followed by the token <|endoftext|>. The last tenth of the tokens goes to val.bin and is never trained
-on. A document is a text file or a row of a table. A literal <|endoftext|> in a text also ends a document.
+each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin and is
+never trained on. A document is a .txt file, a line of .jsonl or a row of .parquet. A literal <|endoftext|> in
+a text also ends a document.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
@@ -73,9 +74,9 @@ def learn_vocabulary(word_counts, max_tokens):
 
     Text is cut into words first, and no token spans two words. Otherwise common phrases such as " of the"
     would use up tokens. This also saves time: a word that occurs a million times is merged once."""
-    # Here a word is a string with one character per token: chr(300) for token 300, and for bytes the same, in
-    # latin-1. So word.replace(pair, new) merges a pair. words[i] occurs counts[i] times in the text, and
-    # words_with[pair] has the i of every word that contains the pair.
+    # Here a word is a string with one character per token: b"hello" is "hello" at first, and "heĬo" once "ll"
+    # is token 300, chr(300). So word.replace(pair, new) merges a pair. words[i] occurs counts[i] times in the
+    # text, and words_with[pair] has the i of every word that contains the pair.
     words, counts = [word.decode("latin-1") for word in word_counts], list(word_counts.values())
     pair_counts, words_with = Counter(), defaultdict(set)
     for i, word in enumerate(words):
@@ -97,7 +98,7 @@ def learn_vocabulary(word_counts, max_tokens):
             break
         new, new_pairs = chr(len(tokens)), set()
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        for i in words_with.pop(pair):      # if a word has lost the pair since, replace changes nothing
+        for i in words_with.pop(pair):      # a word may have lost the pair since: then all stays as it is
             # Only this stretch changes: from one token before the first merge to one after the last.
             first, last = words[i].find(pair), words[i].rfind(pair)
             stretch = words[i][max(0, first - 1):last + 3]
@@ -230,9 +231,9 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
         left = max(0, left - len(text))
     words = Counter()       # very long ones, as in DNA, in pieces: a merge goes through all of a word
     for word, n in word_counts.items():
-        size = 16 if len(word) > 100 else len(word)
-        for i in range(0, len(word), size):
-            words[word[i:i + size].encode()] += n
+        length = 16 if len(word) > 100 else len(word)
+        for i in range(0, len(word), length):
+            words[word[i:i + length].encode()] += n
     tokens = learn_vocabulary(dict(words.most_common(LEARN_FROM_WORDS)), vocab_size - 1)
     if len(tokens) < vocab_size - 1:
         print(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens",
@@ -277,7 +278,7 @@ def statistics(path, tokenizer):
 
 CHUNK = 2 ** 15                 # characters read from a file at a time
 LEARN_FROM = 100_000_000        # learn a vocabulary from at most this many characters,
-LEARN_FROM_WORDS = 200_000      # and of the words in them, from the most frequent, if there are more
+LEARN_FROM_WORDS = 200_000      # and from at most this many words of them, the most frequent
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".parquet")
 NAMED_SOURCES = {
     "fineweb": "hf:eliplutchok/fineweb-small-sample",
@@ -376,9 +377,9 @@ def read_file(path):
 
 
 def read_text(file):
-    """Cuts a long text where that does not change the tokens: before the white space that follows a word,
-    where every tokenizer starts a new word. "two words" is cut into "two" and " words". If there is no such
-    position, the text is cut anyway, and the tokens around the cut may differ."""
+    """Yields a long text in pieces, cut where that does not change the tokens: before the white space that
+    follows a word, where every tokenizer starts a new word. "two words" is cut into "two" and " words". If
+    there is no such position, the text is cut anyway, and the tokens around the cut may differ."""
     if not (rest := file.read(CHUNK)):
         return
     while block := file.read(CHUNK):
@@ -437,7 +438,7 @@ FORMAT = 3      # version of its files
 @contextmanager
 def new_folder(folder):
     """Yields an empty folder inside `folder`. At the end, its files move up into `folder`, meta.json last.
-    After an exception, `folder` is as it was before."""
+    If an exception comes before that, `folder` is as it was before."""
     new = folder / ".unfinished"
     # What to remove at the end: if this fails, a folder that did not exist before. (abspath is for "..")
     rubbish = new if os.path.isdir(os.path.abspath(folder)) else folder

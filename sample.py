@@ -25,11 +25,11 @@ from prepare import in_colour, positive_int, read_text, seed_int, token_text, to
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
     """Continues a prompt num_samples times in one batch; the options are those of GPT.generate. After each
-    token, yields the text that it adds to each sample, a list of strings.
+    token, yields a list of strings: the new text of each sample.
 
     A token may be only part of a character. Then it adds "", and the character appears once it is complete
-    (or as \ufffd at the end, if it never is). A sample ends at <|endoftext|>, and generation ends with the
-    last sample. An empty prompt starts a new document."""
+    (or as \ufffd at the end, if it never is). A sample ends at <|endoftext|>, and generation when all samples
+    have ended. An empty prompt starts a new document."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
@@ -59,7 +59,8 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
     block_size ids, uses only the last block_size."""
     ids = torch.tensor([ids[-model.config.block_size:]], device=next(model.parameters()).device)
     with torch.inference_mode():
-        for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):     # (1, T) -> (T, V)
+        # (1, T) -> (T, V): the last logits are about a token that ids do not have.
+        for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):
             yield token, logits.float().softmax(-1)
     watched = []        # generate appends the logits (1, V), then yields the token chosen from them
     for [token] in model.generate(ids, max_new_tokens, watch=watched.append, **options):
@@ -106,8 +107,8 @@ def print_samples(model, tokenizer, prompt, num_samples, **options):
 
 
 def load_model(source):
-    """Returns a model on the CPU, and its tokenizer's name and vocabulary. The source is a checkpoint
-    or folder from train.py, or anything that GPT.from_pretrained accepts. Raises ModelError or UserError."""
+    """Returns a model on the CPU, and its tokenizer's name and vocabulary. The source is a checkpoint or
+    folder of train.py, or what GPT.from_pretrained takes. Raises ModelError or UserError."""
     source = newest_checkpoint(source) or source
     exported = Path(source, "vocabulary.tiktoken")
     if os.path.isfile(source) or str(source).endswith(".pt"):
@@ -145,7 +146,7 @@ def has_other_tokenizer(source):
 
 def export(model, tokenizer, folder):
     """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs transformers.
-    Raises ModelError if it cannot be written. Then, nothing is left of it."""
+    If it cannot be written, raises ModelError and leaves nothing behind."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
     parts, parent = tokenizer_parts(*tokenizer), Path(folder).absolute().parent

@@ -7,13 +7,13 @@
 out/NAME gets last.pt (everything --resume needs), best.pt (weights with the lowest validation loss),
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
-A rank is one of the processes that train together. `world` knows this one's number (world.rank), how many
-there are (world.size), and its device; world.sum adds up numbers over all ranks. A step learns from one
-global batch of sequences. Each rank takes an equal part of it and works through it in micro-batches of at
+Processes that train together are called ranks, and numbered. `world` knows this one's number (world.rank),
+how many there are (world.size), and its device; world.sum adds up numbers over all ranks. A step learns from
+one global batch of sequences. Each rank takes an equal part of it and works through it in micro-batches of at
 most --batch_size sequences, as memory allows. Then all ranks update their weights identically.
 
 last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped: first to a
-temporary file, which then replaces the old last.pt. If the machine dies meanwhile, the old one is intact. A
+temporary file, which then replaces the old last.pt. If the machine dies in between, the old one is intact. A
 run that is stopped and resumed computes exactly what it would have without the stop (on a CPU, bit for bit):
 a step depends only on flags, data, last.pt and the number of ranks. Left out: models too large for one GPU.
 """
@@ -82,11 +82,15 @@ def epoch_order(n, seed, epoch):
 
 class Batches:
     """Imagine the shuffled orders of all epochs in one long list. Each step takes the next global_batch_size
-    sequences of it: rank 0 the first part, rank 1 the next, and so on. batches(offset) is this rank's part of
-    the global batch that begins at that offset of the list: micro-batches (inputs, targets), all of the same
-    size, the largest that batch_size allows. So what a step reads depends only on global_batch_size, not on
-    how many ranks or micro-batches share the work. By default, global_batch_size is 32 for nano, and
-    batch_size times the number of ranks for other models. A resumed run keeps the one it began with."""
+    sequences of it, and each rank an equal part of those. With two ranks:
+
+        | rank 0 | rank 1 | rank 0 | rank 1 | rank 0 | ...
+        |     step 0      |     step 1      |     step 2
+
+    batches(offset) is this rank's part of the step that begins at that offset of the list: micro-batches
+    (inputs, targets), all of the same size, the largest that batch_size allows. How many ranks and
+    micro-batches share the work does not change what a step reads: only global_batch_size does (by default 32
+    for nano, and batch_size times the number of ranks for other models)."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -104,11 +108,14 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. For W steps (a fraction `warmup` of all) it rises in equal
-    parts, from peak / (W + 1) at step 0 to the peak at step W, because gradients are large and erratic at
-    first. Then it falls, so that the weights settle, to `low` just after the last step: "linear" in a line,
-    "cosine" along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983). "trapezoid"
-    (warmup-stable-decay) first stays at the peak, and falls over the last 40% of the remaining steps."""
+    """The learning rate of a step, counted from 0. Gradients are large and erratic at first, so it begins
+    small. Over W steps (a fraction `warmup` of all) it rises linearly, from peak / (W + 1) at step 0 to the
+    peak at step W. Then it falls, so that the weights settle, and would be `low` one step after the last:
+
+        linear      straight down
+        cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
+        trapezoid   stays at the peak, then straight down in the last 40% (warmup-stable-decay)
+    """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
@@ -119,12 +126,12 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon", [AdamW, Muon]. In that case, Muon (explained after the loop) trains
-    the matrices of the blocks, and AdamW the rest: vectors at the usual learning rate, embeddings and lm_head
-    at 4 times that (`update` applies lr_scale). docs/benchmarks.md compares other values.
+    """Returns [AdamW] or, for "muon", as nano is trained by default, [AdamW, Muon]. In that case, Muon
+    (explained after the loop) trains the matrices of the blocks. AdamW trains the rest: embeddings and
+    lm_head at 4 times the learning rate (`update` applies lr_scale), vectors at the learning rate itself.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
-    gradient by its running root mean square. So how far a weight moves does not depend on the scale of its
+    gradient by its running root mean square. How far a weight moves then does not depend on the scale of its
     gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every matrix by the fraction
     lr * weight_decay at each step, so that weights grow only where it helps. Vectors (biases, LayerNorm
     weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
@@ -147,23 +154,21 @@ def make_optimizers(name, model, weight_decay, device, dtype):
 # --------------------------------------------------------------------------------- one step
 
 def backward(model, micro_batches, scaler, autocast):
-    """Accumulates in .grad the gradient of the loss, averaged over all micro-batches and ranks. Returns this
-    rank's mean loss.
+    """Accumulates in .grad the gradient of the mean loss over all micro-batches and ranks, times the loss
+    scale. Returns this rank's mean loss.
 
     With several ranks, model is wrapped in DDP (PyTorch's DistributedDataParallel). At the start it copies
-    the weights of rank 0 to all ranks; in each backward pass it averages their gradients. So all ranks have
-    identical weights, get identical gradients, and stay identical.
-
-    Autocast runs matmuls in bfloat16 or float16, several times faster. The smallest positive float16 is 6e-8,
-    and many gradients are smaller. So the scaler multiplies the loss by a large number, the loss scale, which
-    makes all gradients that much larger. `update` later divides them by the same number."""
+    the weights of rank 0 to all ranks; in each backward pass it averages their gradients. All ranks begin
+    with the same weights, get the same gradients, and so keep the same weights."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
         # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP does
         # it in backward if this was true in forward. A plain model ignores it.
         model.require_backward_grad_sync = i == len(micro_batches)
-        with autocast:
-            loss = model(inputs, targets) / len(micro_batches)          # as backward adds up gradients
+        with autocast:      # runs matmuls in bfloat16 or float16, several times faster
+            loss = model(inputs, targets) / len(micro_batches)      # because backward adds up gradients
+        # The smallest positive float16 is 6e-8, and many gradients are smaller. So the scaler multiplies the
+        # loss, and with it all gradients, by a large number, the loss scale. In other dtypes it is 1.
         scaler.scale(loss).backward()
         mean_loss += loss.detach()      # not .item(), which would wait for the GPU each time
     return mean_loss.item()
@@ -172,9 +177,9 @@ def backward(model, micro_batches, scaler, autocast):
 def update(model, optimizers, scaler, loss, lr, grad_clip):
     """Steps the optimizers, or skips the step if the loss or a gradient is infinite or NaN, which would ruin
     all weights. In float16 that happens now and then: the loss scale was too high, and is halved. In other
-    dtypes, training has diverged, and check_finite ends the run. All ranks see the same averages, so they
-    decide alike. Returns the norm of the gradient, and whether the step was taken. A gradient whose norm is
-    above grad_clip is scaled down to it, so that one outlier batch cannot do much damage."""
+    dtypes it means that training has diverged, and check_finite ends the run. All ranks see the same
+    averages, so they decide alike. A gradient whose norm is above grad_clip is scaled down to it, so that one
+    outlier batch cannot do much damage. Returns the norm before that, and whether the step was taken."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)      # divides gradients by the loss scale, and notes any inf or NaN
         for group in optimizer.param_groups:
@@ -185,9 +190,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
         if finite:
             optimizer.step()    # scaler.step would decide for each optimizer alone
         optimizer.zero_grad()
-    # In float16, this halves the loss scale if a gradient overflowed (grad_norm is inf), and doubles it after
-    # 2,000 good steps in a row. A skipped step counts like any other, and its batch is not repeated.
-    scaler.update()
+    scaler.update()     # halves the loss scale if a gradient overflowed; doubles it after 2,000 good steps
     return grad_norm, finite
 
 
@@ -197,27 +200,23 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
     its standard error: how much it would typically vary with other text. Ranks take turns batch by batch.
-    During training, count is --eval_sequences. After the last step, it is all of the validation split."""
+    During training, count is --eval_sequences. After the last step, the whole validation split follows."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
-    losses = [0.0] * len(batches)       # summed over each batch
+    losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]     # summed over each batch
     for i in range(world.rank, len(batches), world.size):
         with autocast:
             loss = model(*sequences.read(batches[i], world.device))
-        losses[i] = len(batches[i]) * loss.item()
-    losses, sizes, n = world.sum(*losses), list(map(len, batches)), min(32, len(batches))
-    # The standard error of a mean of n values is their standard deviation / sqrt(n). Neighbouring sequences
-    # are often about the same thing, so the values are the losses of long stretches of text, 32 at most.
-    stretches = zip(np.array_split(losses, n), np.array_split(sizes, n), strict=True)
-    values = torch.tensor([loss.sum() / size.sum() for loss, size in stretches])
-    return sum(losses) / count, values.std().item() / math.sqrt(n) if n > 1 else math.nan
+        losses[i] = sizes[i] * loss.item()
+    losses = world.sum(*losses)     # now each rank has all of them
+    return sum(losses) / count, standard_error(losses, sizes)
 
 
 # ---------------------------------------------------------------------------------- the loop
 
 @dataclass
 class State:
-    """The numbers that change during a run. last.pt has these, plus weights, optimizers and loss scale."""
+    """Where a run stands. last.pt has this, plus weights, optimizers, loss scale, flags and vocabulary."""
     step: int = 0                       # steps done, including skipped ones
     offset: int = 0                     # sequences read: where the next step begins in the order of training
     skipped: int = 0                    # consecutive steps skipped, because something was not finite
@@ -228,13 +227,13 @@ class State:
 class Run:
     """What set_up prepares for the loop."""
     args: argparse.Namespace            # the flags
-    data: dict                          # the data folder's meta.json
+    data: dict                          # the data folder's meta.json and vocabulary
     world: "World"                      # all ranks: this one's number, their count, sums over all
     autocast: object                    # runs matmuls in a faster dtype
     model: GPT                          # the plain model
     optimizers: list
     scaler: torch.amp.GradScaler        # disabled unless float16
-    batches: Batches                    # of training
+    batches: Batches                    # for training
     val_sequences: Sequences
     state: State
     wrapped_model: object = None        # what backward runs: model, or model in DDP, or compiled
@@ -244,10 +243,10 @@ class Run:
 
 
 def train(run, told_to_stop):
-    """The training loop. told_to_stop() is true after a Ctrl-C, say. Saving and logging are plumbing."""
+    """The training loop. told_to_stop() is true after Ctrl-C, for example."""
     args, world, state = run.args, run.world, run.state
     while True:
-        # Evaluation comes first, so that a run stopped just before it evaluates when it is resumed.
+        # At the top of the loop: if a run stopped before an evaluation, the resumed run evaluates first.
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
             evaluate_and_save(run)
         if state.step >= run.total_steps:
@@ -259,6 +258,7 @@ def train(run, told_to_stop):
         # All ranks get the same sums, so they all stop after the same step.
         loss, stop = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
+        # A skipped step counts like any other, and its batch is not repeated.
         state.skipped = 0 if taken else state.skipped + 1
         check_finite(run, loss, grad_norm, lr)
         state.step += 1
@@ -275,10 +275,11 @@ def train(run, told_to_stop):
 # --------------------------------------------------------------------------------------- Muon
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix against a running mean of its gradient, made orthogonal (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). Every matrix is a rotation, a stretch along some axes, and
-    another rotation: U S V^T. A gradient stretches a few directions most, and they would dominate the step.
-    With the stretch removed (U V^T), the weak directions learn as fast as the strong ones."""
+    """Keeps a running mean of each matrix's gradient, replaces it by the nearest orthogonal matrix, and steps
+    against that (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Every matrix is a rotation,
+    a stretch along some axes, and another rotation: U S V^T. A gradient stretches a few directions most, and
+    they would dominate the step. Without the stretch, in U V^T (which is that nearest matrix), the weak
+    directions learn as fast as the strong ones."""
 
     def __init__(self, groups, weight_decay, dtype):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
@@ -291,10 +292,10 @@ class Muon(torch.optim.Optimizer):
             if matrix not in self.state:
                 self.state[matrix]["mean"] = torch.zeros_like(matrix)
             mean = self.state[matrix]["mean"].lerp_(matrix.grad, 1 - group["momentum"])
-            direction = matrix.grad.lerp(mean, group["momentum"])       # the newest gradient again (Nesterov)
+            direction = matrix.grad.lerp(mean, group["momentum"])   # the newest gradient once more (Nesterov)
             parts = direction.view(group["parts"], -1, matrix.shape[1])
-            # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scale that to 0.2,
-            # about the same as in AdamW's steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+            # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scaled to 0.2,
+            # they are as large as AdamW's steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
             scale = 0.2 * math.sqrt(max(parts.shape[1:]))
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.sub_(orthogonalize(parts, self.dtype).view_as(matrix), alpha=group["lr"] * scale)
@@ -306,13 +307,14 @@ def orthogonalize(x, dtype):
     the inner rotations cancel (V^T V = U^T U = 1), which leaves U S^3 V^T. In the same way, the polynomial
     a x + b x x^T x + c x x^T x x^T x only replaces each s by a s + b s^3 + c s^5. Jordan et al. chose a, b
     and c (3.4445, -4.7750, 2.0315) so that five rounds take any s between 0.01 and 1 to between 0.68 and
-    1.14: all axes are then stretched about equally. x and the result are (N, rows, columns)."""
+    1.14. For example, 0.1 becomes 0.34, 0.99, 0.71, 1.11, 0.71. All axes are then stretched about equally.
+    x and the result are (N, rows, columns)."""
     if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT, dtype).mT        # x x^T is smaller this way round
+        return orthogonalize(x.mT, dtype).mT        # x x^T is smaller when x is transposed
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # now every s is at most 1
     for _ in range(5):
         xxt = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
+        x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x       # the polynomial
     return x
 
 
@@ -556,6 +558,16 @@ def evaluate_and_save(run):
     run.log.last = run.state.step, time.perf_counter()      # tokens/s counts training only
 
 
+def standard_error(losses, sizes):
+    """The standard error of the mean loss, from the losses and sizes of successive batches. For n values, it
+    is their standard deviation / sqrt(n). Neighbouring sequences are often about the same thing, so these
+    values are the mean losses of long stretches of text, at most 32."""
+    n = min(32, len(losses))
+    stretches = zip(np.array_split(losses, n), np.array_split(sizes, n), strict=True)
+    values = torch.tensor([loss.sum() / size.sum() for loss, size in stretches])
+    return values.std().item() / math.sqrt(n) if n > 1 else math.nan
+
+
 def save(run, name):
     """Writes a checkpoint, on rank 0. last.pt gets everything that a resumed run needs."""
     if run.world.rank > 0:
@@ -764,7 +776,8 @@ def make_parser():
     add("--dropout", type=fraction, help="fraction of activations zeroed in training (default: the model's)")
     add("--stride", type=positive_int, help="tokens between the starts of sequences (default: block_size)")
     add("--batch_size", type=positive_int, default=16, help="maximum sequences per process and micro-batch")
-    add("--global_batch_size", type=positive_int, help="sequences per step (default: batch_size x processes)")
+    add("--global_batch_size", type=positive_int, help="sequences per step (default: batch_size x processes; "
+        "for nano, 32)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
     length.add_argument("--max_steps", type=positive_int, help="steps to take")
@@ -794,8 +807,8 @@ def make_parser():
 
 def parse_args(argv):
     """Returns the flags, and the checkpoint to continue from, (model, meta), or None. A flag that is not
-    given comes from the run to continue, else from the recipe, else from the parser. Raises UserError if a
-    new run would overwrite an earlier one."""
+    given comes from the run to continue (but for those about one start alone), else from the recipe, else
+    from the parser. Raises UserError if a new run would overwrite an earlier one."""
     parser = make_parser()
     given = parser.parse_args(argv)
     out = given.out or str(Path("out", os.path.basename(os.path.abspath(given.data))))
@@ -804,7 +817,7 @@ def parse_args(argv):
         saved = load_checkpoint(last)
         if any(name not in saved[1] for name in ("args", "data", "optimizers", "scaler", *asdict(State()))):
             raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run")
-        defaults = {**saved[1]["args"], "device": None, "dry_run": False}
+        defaults = {**saved[1]["args"], "device": None, "dry_run": False, "max_minutes": None}
     elif (checkpoints := sorted(Path(out).glob("*.pt"))) and not given.dry_run:
         load_meta(given.data)       # a mistake in --data is reported first
         if last in checkpoints:

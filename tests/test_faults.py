@@ -54,6 +54,12 @@ def test_a_reader_of_its_output_that_goes_away_does_not_end_a_run(data):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 60
 
 
+def test_max_minutes_is_about_one_start_alone(data):
+    assert run("--max_steps", 3, "--max_minutes", 1e-9)[1]["step"] == 1
+    main(RESUME)
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 3
+
+
 def test_max_minutes_stops_on_the_clock(data, capsys):
     _, meta = run("--max_steps", 1_000_000, "--max_minutes", 0.01)
     assert 0 < meta["step"] < 1_000
