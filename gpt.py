@@ -295,21 +295,21 @@ class KVCache:
 def next_token(logits, temperature, top_k, top_p, generator):
     """Draws a token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature). A temperature
     below 1 sharpens the distribution, one above 1 flattens it, and 0 always picks the likeliest (greedy).
-    top_k keeps the k likeliest tokens and any tied with them (Fan et al. 2018,
-    https://arxiv.org/abs/1805.04833). top_p then keeps the fewest whose probabilities add up to at least p
-    (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
+    top_k keeps the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), and top_p the
+    fewest that add up to p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
     logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: cannot overflow
+    tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]     # (B, V) -> (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
+        logits, tokens = logits.topk(min(top_k, logits.shape[1]))           # (B, V) -> (B, k)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        descending, order = probabilities.sort(dim=-1, descending=True)
-        descending[descending.cumsum(-1) - descending >= top_p] = 0         # likelier ones reach top_p
-        probabilities = probabilities.scatter(1, order, descending)         # back in the vocabulary's order
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)      # for any sum, not just 1
+        probabilities, order = probabilities.sort(descending=True)
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0    # likelier ones reach top_p
+        tokens = tokens.gather(1, order)
+    choice = torch.multinomial(probabilities, 1, generator=generator)       # for any sum, not just 1
+    return tokens.gather(1, choice).squeeze(1)                              # (B, 1) -> (B,)
 
 
 # ================================================================================== plumbing
