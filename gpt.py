@@ -12,8 +12,8 @@ probabilities. Layers are named as in OpenAI's release: wte has a learned vector
 each position, h holds the blocks, and c_attn, c_fc and c_proj are linear layers.
 
 GELU, attention, cross-entropy and LayerNorm exist twice: as formulas, for reading, and as kernels below the
-banner, which are faster and agree up to rounding. GPT(config) gives its layers the kernels as `ops`, and
-GPT(config, fused=False) the formulas. Left out: training, text, and architectures newer than GPT-2.
+banner, which are faster and agree up to rounding. GPT(config) uses the kernels, GPT(config, fused=False) the
+formulas; layers get them as `ops`. Left out: training, text, and architectures newer than GPT-2.
 """
 
 import math
@@ -39,7 +39,7 @@ class GPTConfig:
     n_layer: int = 12           # blocks, one after the other
     n_head: int = 12            # H, attention heads in each block
     n_embd: int = 768           # C, the width
-    mlp_ratio: int = 4          # the MLP in a block is this many times wider than C
+    mlp_ratio: int = 4          # width inside a block's MLP, as a multiple of C
     dropout: float = 0.0        # fraction of activations zeroed in training
     bias: bool = True           # whether linear layers and LayerNorms add a bias
     tied: bool = True           # whether lm_head uses the weights of wte
@@ -75,8 +75,8 @@ def gelu(x):
 
 def attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
-    q and the result are (B, H, T, D), k and v (B, H, S, D): T positions look at S positions. In training they
-    are the same. In generation, S also counts earlier positions, whose k and v were kept (see KVCache).
+    q and the result are (B, H, T, D), k and v (B, H, S, D): T positions look at S positions. In training,
+    S = T. In generation, S includes earlier positions, whose k and v were kept (see KVCache).
 
     Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
     on?). The dot product of a query and a key, their score, says how well they match. A softmax turns the
@@ -106,8 +106,8 @@ def attention(q, k, v, dropout):
 
 def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
-    bits). x is (B, T, C), targets (B, T), and weight is lm_head's, which may have more than V rows. It takes
-    x, not logits, because chunked_cross_entropy, which runs by default, never holds all logits at once."""
+    bits). x is (B, T, C), targets (B, T), and weight is lm_head's, which may have more than V rows. It
+    takes no logits, as chunked_cross_entropy, which runs by default, never holds all of them at once."""
     logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
@@ -191,7 +191,7 @@ class Block(nn.Module):
 # -------------------------------------------------------------------------------------- model
 
 class GPT(nn.Module):
-    """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) yields n tokens.
+    """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) continues ids.
 
     GPUs prefer matrix sizes that are multiples of 64, and 50,257 is not. So the vocabulary is padded with
     tokens of probability 0. They are never sampled, and not counted in loss, parameter count or export."""
@@ -231,7 +231,7 @@ class GPT(nn.Module):
         return self.loss(x, self.lm_head.weight, targets, self.config.vocab_size)
 
     def hidden(self, ids, caches=None):
-        """ids (B, T) -> (B, T, C). With caches, a KVCache for each block, ids follow the cached ones."""
+        """ids (B, T) -> (B, T, C). With caches, a KVCache per block, ids continue the cached positions."""
         start = caches[0].length if caches else 0
         end = start + ids.shape[1]
         if end > self.config.block_size:
@@ -306,9 +306,9 @@ def next_token(logits, temperature, top_k, top_p, generator):
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         probabilities, order = probabilities.sort(descending=True)
-        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0    # likelier ones reach top_p
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0    # likelier ones sum to top_p
         tokens = tokens.gather(1, order)
-    choice = torch.multinomial(probabilities, 1, generator=generator)       # for any sum, not just 1
+    choice = torch.multinomial(probabilities, 1, generator=generator)       # rescales them to sum to 1
     return tokens.gather(1, choice).squeeze(1)                              # (B, 1) -> (B,)
 
 
@@ -375,9 +375,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target = torch.arange(len(logits), device=x.device), targets[rows]      # one logit in each row
             loss = loss - log_probs[target].sum()       # not -=, which PyTorch 2.11 compiles wrongly
             if with_gradients:
-                with torch.no_grad():       # always so, but PyTorch 2.4 does not know it when it compiles
-                    grad_logits = torch.exp(log_probs, out=logits)          # softmax, in their memory
-                grad_logits[target] = torch.expm1(log_probs[target]).to(logits.dtype)       # minus 1
+                with torch.no_grad():       # always off here, but the compiler of PyTorch 2.4 misses that
+                    grad_logits = torch.exp(log_probs, out=logits)          # softmax, reusing their memory
+                grad_logits[target] = torch.expm1(log_probs[target]).to(logits.dtype)       # p - 1
                 grad_x[rows] = grad_logits @ weight                         # (rows, padded V) -> (rows, C)
                 grad_weight += grad_logits.T @ x[rows]                      # -> (padded V, C)
         if with_gradients:
@@ -468,7 +468,7 @@ def save_pretrained(model, folder):
         tie_word_embeddings=config.tied, bos_token_id=end_of_text, eos_token_id=end_of_text))
     for ours, weight in weight_pairs(model, theirs):
         weight.copy_(ours)      # theirs always has biases; they stay 0 if ours has none
-    theirs.generation_config.max_length = config.block_size     # by default, they would write more
+    theirs.generation_config.max_length = config.block_size     # where their pipeline stops by default
     theirs.save_pretrained(folder)
 
 
@@ -497,7 +497,7 @@ def from_pretrained(source):
         for ours, weight in weight_pairs(model, theirs):
             ours.copy_(weight)
         return model.eval()
-    except Exception as error:      # also of a bad folder, or a problem of the Hub
+    except Exception as error:      # also for a bad folder, or trouble with the Hub
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{source} is not a GPT-2 in Hugging Face's format, in a folder or on their Hub "
                          f"({reason})") from error

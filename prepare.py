@@ -7,7 +7,7 @@
 
 A model computes with numbers, so text is split into pieces called tokens, and each token has a number. With
 the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words.
-"bpe" learns such a vocabulary from the text itself, but not from the part for validation.
+"bpe" learns such a vocabulary from the text itself, from about the part that is for training.
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
 each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin and is
@@ -90,7 +90,7 @@ def learn_vocabulary(word_counts, max_tokens):
         negative_count, pair = heappop(heap)
         count = pair_counts[pair]
         # A merge updates pair_counts, but not the heap, so this entry may be out of date. If so, its count is
-        # too high: pairs that merges create contain the new token, so older ones only get rarer. Correct it.
+        # too high: a merge only adds pairs with the new token, and older ones get rarer. Correct the count.
         if -negative_count > count:
             heappush(heap, (-count, pair))
             continue
@@ -98,7 +98,7 @@ def learn_vocabulary(word_counts, max_tokens):
             break
         new, new_pairs = chr(len(tokens)), set()
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        for i in words_with.pop(pair):      # a word may have lost the pair since: then all stays as it is
+        for i in words_with.pop(pair):      # a word that has lost the pair since stays as it is
             # Only this stretch changes: from one token before the first merge to one after the last.
             first, last = words[i].find(pair), words[i].rfind(pair)
             stretch = words[i][max(0, first - 1):last + 3]
@@ -125,7 +125,7 @@ def tokenizer_parts(name, vocabulary=""):
     "bpe", vocabulary is text in tiktoken's format: a line per token, with its bytes in base 64 and its rank.
 
     pat_str is the regular expression that splits text into words (for "bytes", into characters). A token's
-    rank is its number: tokens that were learned first are merged first. special_tokens are never merged."""
+    rank is its number: lower ranks are merged first. special_tokens are never merged."""
     if name == "gpt2":
         return gpt2_parts()
     ranks = {bytes([i]): i for i in range(256)}
@@ -143,8 +143,8 @@ def get_tokenizer(name, vocabulary=""):
 
 
 def encode(tokenizer, pieces):
-    """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether a document ends with
-    it), as a long file arrives in several pieces."""
+    """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether it ends a
+    document): a long file arrives in several."""
     tokens = []
     for text, ends_document in pieces:
         # "all": a literal <|endoftext|> in the text becomes that token, and so ends a document, too.
@@ -157,9 +157,9 @@ def encode(tokenizer, pieces):
 # -------------------------------------------------------------------------------- token files
 
 def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1):
-    """Encodes the first sample_size files or rows of the sources (None: all) into a folder, returns its meta.
-    tokenizer_name is "gpt2", "bytes", "bpe" (learns a vocabulary from the part for training), or another data
-    folder (uses its tokenizer). If a source is bad, raises UserError and leaves the folder unchanged."""
+    """Encodes the first sample_size files or rows of the sources (None: all) into a folder; returns its meta.
+    tokenizer_name is "gpt2", "bytes", "bpe" (learns a vocabulary) or another data folder (uses that one's).
+    If a source is bad, raises UserError and leaves the folder unchanged."""
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
@@ -229,7 +229,7 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
     for text, _ in first:
         word_counts.update(regex.findall(WORD, text[:math.ceil(left)]))
         left = max(0, left - len(text))
-    words = Counter()       # very long ones, as in DNA, in pieces: a merge goes through all of a word
+    words = Counter()       # very long ones, as in DNA, in pieces: each merge rescans the whole word
     for word, n in word_counts.items():
         length = 16 if len(word) > 100 else len(word)
         for i in range(0, len(word), length):
@@ -365,7 +365,7 @@ def read_file(path):
         yield from read_rows(table_rows(path), f"{path}, row")
         return
     with gzip.open(path) if name.endswith(".gz") else open(path, "rb") as file:
-        text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")     # without a byte order mark
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")     # drops a byte order mark
         is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
         try:
             yield from read_rows(json_rows(text, path), f"{path}, line") if is_jsonl else read_text(text)
@@ -384,7 +384,7 @@ def read_text(file):
         return
     while block := file.read(CHUNK):
         text = rest + block
-        mark = text.rfind("<", max(1, len(text) - 12))      # perhaps the beginning of an <|endoftext|>
+        mark = text.rfind("<", max(1, len(text) - 12))      # perhaps the start of <|endoftext|>
         last = regex.search(r"(?r)(?<=\S) |(?<=[\p{L}\p{N}])\n", text)       # (?r) searches from the end
         cut = last.start() if last else mark if mark > 0 else len(text)
         yield text[:cut], False
@@ -427,7 +427,7 @@ def read_rows(rows, where):
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             yield from read_text(io.StringIO(text))
         else:
-            raise UserError(f'{where} {number} has no "text": each must look like {{"text": "..."}}')
+            raise UserError(f'{where} {number} has no string "text": each must look like {{"text": "..."}}')
 
 
 # ---------------------------------------------------------------------------- the data folder
@@ -440,7 +440,7 @@ def new_folder(folder):
     """Yields an empty folder inside `folder`. At the end, its files move up into `folder`, meta.json last.
     If an exception comes before that, `folder` is as it was before."""
     new = folder / ".unfinished"
-    # What to remove at the end: if this fails, a folder that did not exist before. (abspath is for "..")
+    # To remove at the end: .unfinished, or after a failure all of a new folder. (abspath is for "..")
     rubbish = new if os.path.isdir(os.path.abspath(folder)) else folder
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process
@@ -611,15 +611,15 @@ def main(argv=None):
     parser = Parser(description="Turn text into the token files that train.py reads.")
     add = parser.add_argument
     add("sources", nargs="*", metavar="SOURCE",
-        help=f"files ({', '.join(SUFFIXES)}), folders, URLs, hf:OWNER/NAME or hf:OWNER/NAME:SUBSET for a "
-        f"dataset on the Hugging Face Hub with a column text, {', '.join(NAMED_SOURCES)}, or python for this "
+        help=f"files ({', '.join(SUFFIXES)}), folders, URLs; hf:OWNER/NAME or hf:OWNER/NAME:SUBSET, a "
+        f"dataset on the Hugging Face Hub (its column text); {', '.join(NAMED_SOURCES)}; or python, this "
         "Python's standard library (default: python)")
     add("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
     add("--overwrite", action="store_true", help="replace the contents of data/NAME")
-    add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe (learns a vocabulary), or a data folder "
-        "(to use its vocabulary) (default: bpe for python, otherwise gpt2)")
+    add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe (learns a vocabulary), or a data folder, "
+        "to use its vocabulary (default: bpe for python, otherwise gpt2)")
     add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
-        metavar="N", help="vocabulary size of bpe, with bytes and <|endoftext|> (default: 2048)")
+        metavar="N", help="bpe's vocabulary size, including bytes and <|endoftext|> (default: 2048)")
     add("--sample_size", type=positive_int, metavar="N", help="take only the first N files or rows")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "a number between 0 and 1"), default=0.1,
         help="fraction of the tokens, from the end, held out for validation")

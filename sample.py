@@ -1,4 +1,4 @@
-"""From weights and a prompt to text: prints each character of the continuation as soon as it is complete.
+"""From weights and a prompt to text: prints the continuation as it is generated, character by character.
 
     python sample.py --prompt "def"                                     uses the newest run in out/
     python sample.py --prompt_file - --num_samples 3 < question.txt
@@ -28,8 +28,8 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=13
     token, yields a list of strings: the new text of each sample.
 
     A token may be only part of a character. Then it adds "", and the character appears once it is complete
-    (or as \ufffd at the end, if it never is). A sample ends at <|endoftext|>, and generation when all samples
-    have ended. An empty prompt starts a new document."""
+    (or as \ufffd at the end, if it never is). A sample ends at <|endoftext|>; when all have, generation ends.
+    An empty prompt starts a new document."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
@@ -55,11 +55,11 @@ def encode_prompt(tokenizer, prompt):
 
 def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
     """How likely was each token, given those before it? Yields (token, probabilities (V,)) for all ids except
-    the first, then for each generated token, before temperature, top_k and top_p. If there are more than
-    block_size ids, uses only the last block_size."""
+    the first, then for each generated token. temperature, top_k and top_p do not change what they show. If
+    there are more than block_size ids, uses only the last block_size."""
     ids = torch.tensor([ids[-model.config.block_size:]], device=next(model.parameters()).device)
     with torch.inference_mode():
-        # (1, T) -> (T, V): the last logits are about a token that ids do not have.
+        # (1, T) -> (T, V): the last logits predict a token beyond ids.
         for token, logits in zip(ids[0, 1:].tolist(), model(ids)[0], strict=False):
             yield token, logits.float().softmax(-1)
     watched = []        # generate appends the logits (1, V), then yields the token chosen from them
@@ -201,12 +201,12 @@ def parse_args(argv):
                         "ones), with its probability and its likeliest rivals")
     output.add_argument("--export", metavar="FOLDER",
                         help="write the model and its tokenizer for Hugging Face's transformers, and exit")
-    add("--max_new_tokens", type=positive_int, default=200, help="maximum number of tokens in each")
+    add("--max_new_tokens", type=positive_int, default=200, help="maximum number of tokens in a continuation")
     add("--temperature", type=at_least_0, default=0.8,
         help="0: always the likeliest token; 1: the model's own probabilities; above: more varied")
     add("--top_k", type=positive_int, default=50, help="sample only from this many of the likeliest tokens")
     add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "a number above 0, at most 1"), default=1.0,
-        help="sample only from the fewest tokens whose probabilities reach this")
+        help="sample only from the fewest tokens whose probabilities sum to this")
     add("--seed", type=seed_int, default=1337, help="same seed and flags, same text")
     add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")

@@ -7,15 +7,15 @@
 out/NAME gets last.pt (everything --resume needs), best.pt (weights with the lowest validation loss),
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
-Processes that train together are called ranks, and numbered. `world` knows this one's number (world.rank),
-how many there are (world.size), and its device; world.sum adds up numbers over all ranks. A step learns from
+Processes that train together are called ranks. `world` knows the number of this one (world.rank), how many
+there are (world.size), and its device; world.sum adds up numbers over all ranks. A step learns from
 one global batch of sequences. Each rank takes an equal part of it and works through it in micro-batches of at
 most --batch_size sequences, as memory allows. Then all ranks update their weights identically.
 
 last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped: first to a
 temporary file, which then replaces the old last.pt. If the machine dies in between, the old one is intact. A
-run that is stopped and resumed computes exactly what it would have without the stop (on a CPU, bit for bit):
-a step depends only on flags, data, last.pt and the number of ranks. Left out: models too large for one GPU.
+run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on one kind
+of CPU): a step depends only on flags, data, last.pt and the number of ranks. Left out: sharded models.
 """
 
 import argparse
@@ -88,9 +88,9 @@ class Batches:
         |     step 0      |     step 1      |     step 2
 
     batches(offset) is this rank's part of the step that begins at that offset of the list: micro-batches
-    (inputs, targets), all of the same size, the largest that batch_size allows. How many ranks and
-    micro-batches share the work does not change what a step reads: only global_batch_size does (by default 32
-    for nano, and batch_size times the number of ranks for other models)."""
+    (inputs, targets) of equal size, the largest up to batch_size that divides the part. What a step reads
+    depends on global_batch_size, not on how many ranks and micro-batches share the work. It is 32 for nano by
+    default, otherwise batch_size times the number of ranks."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -108,13 +108,13 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. Gradients are large and erratic at first, so it begins
-    small. Over W steps (a fraction `warmup` of all) it rises linearly, from peak / (W + 1) at step 0 to the
-    peak at step W. Then it falls, so that the weights settle, and would be `low` one step after the last:
+    """The learning rate of a step, counted from 0. Gradients are large and erratic at first, so the rate
+    starts small. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the
+    peak at step W. Then it falls, so that the weights settle, and reaches `low` one step after the last:
 
         linear      straight down
         cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
-        trapezoid   stays at the peak, then straight down in the last 40% (warmup-stable-decay)
+        trapezoid   stays at the peak for 60% of these steps, then straight down (warmup-stable-decay)
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
@@ -126,9 +126,9 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon", as nano is trained by default, [AdamW, Muon]. In that case, Muon
-    (explained after the loop) trains the matrices of the blocks. AdamW trains the rest: embeddings and
-    lm_head at 4 times the learning rate (`update` applies lr_scale), vectors at the learning rate itself.
+    """Returns [AdamW] or, for "muon" (the default for nano), [AdamW, Muon]. Then Muon, explained after the
+    loop, trains the matrices of the blocks. AdamW trains the rest: embeddings and lm_head at 4 times the
+    learning rate (`update` applies lr_scale), vectors at the learning rate itself.
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. How far a weight moves then does not depend on the scale of its
@@ -146,7 +146,7 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     if name == "adamw":
         return [adamw(matrices, lr_scale=1)]
     in_blocks = set(model.h.parameters())
-    groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}      # Q, K and V in one
+    groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}      # Q, K and V stacked
               for path, p in model.h.named_parameters() if p.dim() >= 2]
     return [adamw([p for p in matrices if p not in in_blocks], lr_scale=4), Muon(groups, weight_decay, dtype)]
 
@@ -162,8 +162,8 @@ def backward(model, micro_batches, scaler, autocast):
     with the same weights, get the same gradients, and so keep the same weights."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
-        # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP does
-        # it in backward if this was true in forward. A plain model ignores it.
+        # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP looks
+        # at this flag in forward and exchanges in backward. A plain model ignores the flag.
         model.require_backward_grad_sync = i == len(micro_batches)
         with autocast:      # runs matmuls in bfloat16 or float16, several times faster
             loss = model(inputs, targets) / len(micro_batches)      # because backward adds up gradients
@@ -179,7 +179,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
     all weights. In float16 that happens now and then: the loss scale was too high, and is halved. In other
     dtypes it means that training has diverged, and check_finite ends the run. All ranks see the same
     averages, so they decide alike. A gradient whose norm is above grad_clip is scaled down to it, so that one
-    outlier batch cannot do much damage. Returns the norm before that, and whether the step was taken."""
+    outlier batch cannot do much damage. Returns the norm before clipping, and whether a step was taken."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)      # divides gradients by the loss scale, and notes any inf or NaN
         for group in optimizer.param_groups:
@@ -200,7 +200,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
     its standard error: how much it would typically vary with other text. Ranks take turns batch by batch.
-    During training, count is --eval_sequences. After the last step, the whole validation split follows."""
+    During training, count is --eval_sequences; after the last step, it is also all of them."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
     losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]     # summed over each batch
@@ -246,7 +246,7 @@ def train(run, told_to_stop):
     """The training loop. told_to_stop() is true after Ctrl-C, for example."""
     args, world, state = run.args, run.world, run.state
     while True:
-        # At the top of the loop: if a run stopped before an evaluation, the resumed run evaluates first.
+        # First in the loop, so that a run which stopped before an evaluation does it when resumed.
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
             evaluate_and_save(run)
         if state.step >= run.total_steps:
@@ -278,8 +278,8 @@ class Muon(torch.optim.Optimizer):
     """Keeps a running mean of each matrix's gradient, replaces it by the nearest orthogonal matrix, and steps
     against that (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Every matrix is a rotation,
     a stretch along some axes, and another rotation: U S V^T. A gradient stretches a few directions most, and
-    they would dominate the step. Without the stretch, in U V^T (which is that nearest matrix), the weak
-    directions learn as fast as the strong ones."""
+    they would dominate the step. U V^T, that nearest matrix, has no stretch: the weak directions learn as
+    fast as the strong ones."""
 
     def __init__(self, groups, weight_decay, dtype):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
@@ -338,7 +338,7 @@ class World:
     def __init__(self, device):
         numbers = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
         self.rank, self.size = (int(number) if number.isdecimal() else -1 for number in numbers)
-        self.device, self.sums = device, weakref.WeakSet()      # of sums that gloo still holds: see close
+        self.device, self.sums = device, weakref.WeakSet()      # sums that gloo still holds: see close
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         if not 0 <= self.rank < self.size or (self.size > 1 and not all(map(os.environ.get, names))):
             raise UserError(f"{', '.join(names)} are not as torchrun sets them: use torchrun, or unset them")
@@ -517,7 +517,7 @@ def load_initial(source, data, sizes):
     model, (tokenizer, vocabulary) = load_model(source)
     if (tokenizer, vocabulary) != (data["tokenizer"], data["vocabulary"]):
         raise UserError(f"{source} uses another vocabulary: run prepare.py with --tokenizer "
-                        f"{'and the data folder it was trained on' if vocabulary else tokenizer}")
+                        f"{'FOLDER, the data folder it was trained on' if vocabulary else tokenizer}")
     longest = model.config.block_size
     if sizes.keys() - {"dropout", "block_size"} or sizes.get("block_size", 0) > longest:
         raise UserError("--init brings its own sizes: leave out --n_layer, --n_head, --n_embd and a "
@@ -538,7 +538,7 @@ def load_sequences(args, split, stride, vocab_size):
 
 
 def evaluate_and_save(run):
-    """Logs the validation loss of --eval_sequences sequences, and keeps the weights if it is the lowest so
+    """Logs the validation loss of --eval_sequences sequences, and saves best.pt if it is the lowest so
     far. After the last step, logs the loss of the whole validation set."""
     save(run, "last.pt")    # evaluation is slow and might be interrupted, so save first
     run.model.eval()
@@ -581,7 +581,7 @@ def save(run, name):
 
 
 def save_if_due(run):
-    """Saves last.pt every ten minutes, and with a checkpoint to keep every --keep_epochs epochs."""
+    """Saves last.pt every ten minutes, and a checkpoint to keep every --keep_epochs epochs."""
     n_sequences = run.args.keep_epochs * len(run.batches.sequences)
     before = (run.state.offset - run.args.global_batch_size) // n_sequences
     now = run.state.offset // n_sequences
@@ -615,7 +615,7 @@ def describe(run, dtype):
     tokens_per_step = args.global_batch_size * args.block_size
     run.world.print(
         f"training {args.init or args.model} on {run.world.device.type} in {str(dtype)[6:]} ("
-        f"{'a' if torch.cuda.is_available() else 'no'} CUDA GPU available); "
+        f"{'' if torch.cuda.is_available() else 'no '}CUDA GPU available); "
         f"{'nothing is written' if args.dry_run else f'writing to {args.out}'}\n"
         f"{run.model.num_params():,} parameters; {args.data}: {len(sequences):,} sequences of "
         f"{args.block_size} tokens\n"
@@ -758,7 +758,7 @@ RECIPES = {
 def make_parser():
     recipes = "; ".join(f"{model}: " + ", ".join(f"{flag} {value}" for flag, value in recipe.items())
                         for model, recipe in RECIPES.items())
-    parser = Parser(description="Train a model on a data folder.", epilog=f"Other defaults of {recipes}.")
+    parser = Parser(description="Train a model on a data folder.", epilog=f"Defaults by recipe: {recipes}.")
     fraction = checked(float, lambda x: 0 <= x < 1, "a number, at least 0 and below 1")
     add = parser.add_argument
     add("--data", default="data/python", help="folder that prepare.py wrote")
@@ -794,7 +794,7 @@ def make_parser():
     add("--eval_sequences", type=positive_int, default=2048,
         help="maximum validation sequences per evaluation; the final evaluation uses all")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
-    add("--keep_epochs", type=positive_int, default=4, help="keep a checkpoint every so many epochs")
+    add("--keep_epochs", type=positive_int, default=4, help="keep a checkpoint every N epochs", metavar="N")
     add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train with torch.compile")
@@ -807,7 +807,7 @@ def make_parser():
 
 def parse_args(argv):
     """Returns the flags, and the checkpoint to continue from, (model, meta), or None. A flag that is not
-    given comes from the run to continue (but for those about one start alone), else from the recipe, else
+    given comes from the run to continue (except those for one start only), else from the recipe, else
     from the parser. Raises UserError if a new run would overwrite an earlier one."""
     parser = make_parser()
     given = parser.parse_args(argv)

@@ -232,4 +232,4 @@ def test_a_model_is_not_fine_tuned_on_the_tokens_of_another_vocabulary(fails, bo
     Path("more.txt").write_text("some other text " * 99)
     prepare.prepare(["more.txt"], "data/more", "bpe", 262)
     fails(train.main, ["--data", "data/more", "--init", "out/text/best.pt"],
-          "uses another vocabulary: run prepare.py with --tokenizer and the data folder")
+          "uses another vocabulary: run prepare.py with --tokenizer FOLDER, the data folder")

@@ -243,7 +243,7 @@ def test_a_folder_may_mix_parquet_with_other_files():
 
 def test_parquet_without_text_or_damaged_is_reported_in_one_line(fails):
     parquet("rows.parquet", title=["a"], body=["b"])
-    fails(prepare.main, ["rows.parquet"], 'rows.parquet, row 1 has no "text"')
+    fails(prepare.main, ["rows.parquet"], 'rows.parquet, row 1 has no string "text"')
     Path("rows.parquet").write_bytes(Path("rows.parquet").read_bytes()[:99])
     fails(prepare.main, ["rows.parquet"], "rows.parquet cannot be read")
 

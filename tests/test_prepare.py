@@ -235,9 +235,9 @@ BAD_SOURCES = [
     ("a.txt", b"x" * 3_000_000 + "é".encode() + b"\xc3", "a.txt is not UTF-8 at byte 3,000,002"),
     ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl is not UTF-8 at byte 25"),
     ("a.jsonl", '{"text": "ok"}\n{"text": \n', "a.jsonl, line 2 is not JSON"),
-    ("a.jsonl", '{"text": "ok"}\n\n{"txt": "x"}\n', 'a.jsonl, line 3 has no "text"'),
-    ("a.jsonl", '["text"]\n', 'a.jsonl, line 1 has no "text"'),
-    ("a.jsonl", '{"text": 5}\n', 'a.jsonl, line 1 has no "text"'),
+    ("a.jsonl", '{"text": "ok"}\n\n{"txt": "x"}\n', 'a.jsonl, line 3 has no string "text"'),
+    ("a.jsonl", '["text"]\n', 'a.jsonl, line 1 has no string "text"'),
+    ("a.jsonl", '{"text": 5}\n', 'a.jsonl, line 1 has no string "text"'),
     ("a.jsonl", "[" * 100_000, "a.jsonl, line 1 is not JSON"),
 ]
 
