@@ -287,6 +287,7 @@ def test_without_the_vocabulary_the_way_out_is_named(fails, monkeypatch, failure
             return failure
         raise failure
 
+    prepare.gpt2_parts.cache_clear()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "empty")
     monkeypatch.setattr("tiktoken.load.read_file", download)
     fails(main, [write("a.txt", "x")], "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer")
