@@ -551,7 +551,8 @@ def evaluate_and_save(run):
         loss, error = evaluate(run.model, run.val_sequences, n, *options)
     # Bits per byte let models with different tokenizers be compared. One nat is 1 / ln 2 bits.
     bits_per_byte = loss / math.log(2) * run.data["val"]["tokens"] / max(1, run.data["val"]["bytes"])
-    run.log.write("validation loss {val_loss:.4f} ± {val_stderr:.4f} | {bits_per_byte:.3f} bits per byte",
+    plus_minus = "" if math.isnan(error) else "± {val_stderr:.4f} "     # unknown for a single batch
+    run.log.write("validation loss {val_loss:.4f} " + plus_minus + "| {bits_per_byte:.3f} bits per byte",
                   run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
     show_sample_and_curves(run)
     run.model.train()

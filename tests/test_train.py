@@ -417,6 +417,12 @@ def test_the_terminal_shows_loss_learning_rate_speed_time_left_and_a_sample(data
                      r"sample:\n    \S", out, re.MULTILINE)
 
 
+def test_a_single_batch_of_validation_has_no_error_to_show(data, capsys):
+    run("--max_steps", 1, "--batch_size", 99)
+    assert re.search(r"validation loss \d\.\d{4} \| \d\.\d{3} bits", capsys.readouterr().out)
+    assert log()[-1]["val_stderr"] is None
+
+
 def test_validation_is_the_mean_over_its_sequences_and_knows_its_error(data, model):
     sequences = Sequences(prepare.load_tokens(data, "val"), 16, 1, 257)
     plain = nullcontext()
