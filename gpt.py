@@ -46,7 +46,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, size in asdict(self).items():
-            if type(self).__annotations__[name] is int and (type(size) is not int or size < 1):
+            if name not in ("dropout", "bias", "tied") and (type(size) is not int or size < 1):
                 raise ModelError(f"{name} must be a whole number above 0, not {size!r}")
         if type(self.dropout) is not float or not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
@@ -295,8 +295,8 @@ class KVCache:
 def next_token(logits, temperature, top_k, top_p, generator):
     """Draws a token for each row of logits, (B, V) -> (B,), from softmax(logits / temperature). A temperature
     below 1 sharpens the distribution, one above 1 flattens it, and 0 always picks the likeliest (greedy).
-    top_k keeps the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), and top_p the
-    fewest that add up to p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
+    top_k keeps the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), and top_p then the
+    fewest that reach p together (nucleus, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
     logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: cannot overflow

@@ -251,7 +251,7 @@ def encode_all(pieces, parts):
     """Yields the tokens of all pieces, in order. Encodes in threads on at most 16 cores: tiktoken releases
     Python's global lock. Reads only a few batches ahead, so that memory does not grow with the text."""
     workers = min(16, os.cpu_count() or 1)
-    # Threads that share a tokenizer are slower (0.8 on two cores); one of gpt2 takes 11 MB.
+    # Threads that share one tokenizer run at 0.8 of the speed (on two cores). One of gpt2 takes 11 MB.
     tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
     batches = iter(lambda: list(islice(pieces, 32)), [])        # so that short documents keep cores busy, too
     pending = deque()

@@ -146,7 +146,7 @@ def has_other_tokenizer(source):
 
 def export(model, tokenizer, folder):
     """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs transformers.
-    If it cannot be written, raises ModelError and leaves nothing behind."""
+    If it cannot be written, raises ModelError and leaves no half of it."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
     parts, parent = tokenizer_parts(*tokenizer), Path(folder).absolute().parent
@@ -154,6 +154,7 @@ def export(model, tokenizer, folder):
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            # A new path for the vocabulary, because tiktoken caches files by their paths.
             new, vocabulary = Path(temporary, "new"), Path(temporary, "vocabulary")
             vocabulary.write_text(vocabulary_text(parts["mergeable_ranks"]))
             converter = TikTokenConverter(str(vocabulary), parts["pat_str"], extra_special_tokens=[end])
@@ -206,7 +207,7 @@ def parse_args(argv):
         help="0: always the likeliest token; 1: the model's own probabilities; above: more varied")
     add("--top_k", type=positive_int, default=50, help="sample only from this many of the likeliest tokens")
     add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "a number above 0, at most 1"), default=1.0,
-        help="sample only from the fewest tokens whose probabilities sum to this")
+        help="sample only from the fewest tokens whose probabilities reach this")
     add("--seed", type=seed_int, default=1337, help="same seed and flags, same text")
     add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")

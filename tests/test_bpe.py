@@ -57,7 +57,7 @@ def test_a_text_without_words_is_learned_from_in_pieces():
 
 def test_of_very_many_words_the_most_frequent_are_learned_from(monkeypatch):
     monkeypatch.setattr(prepare, "LEARN_FROM_WORDS", 2)
-    Path("words.txt").write_text(" zz" * 5 + " ab" * 4 + " xy" * 3 + "\n" * 6)
+    Path("words.txt").write_text(" xy" * 3 + " ab" * 4 + " zz" * 5 + "\n" * 6)
     meta = prepare.prepare(["words.txt"], "data/words", "bpe", 300)
     tokenizer = get_tokenizer("bpe", meta["vocabulary"])
     learned = [tokenizer.decode([token]) for token in range(256, tokenizer.eot_token)]
@@ -169,12 +169,12 @@ def test_a_checkpoint_alone_can_be_sampled_and_exported(books, capsys):
     capsys.readouterr()
     sample.main(["--prompt", "12 times", "--max_new_tokens", "9", "--seed", "1"])
     spoken = capsys.readouterr().out
-    sample.main(["--export", "folder"])
+    sample.main(["--export", "new/one"])
     capsys.readouterr()
-    sample.main(["--prompt", "12 times", "--max_new_tokens", "9", "--seed", "1", "--checkpoint", "folder"])
+    sample.main(["--prompt", "12 times", "--max_new_tokens", "9", "--seed", "1", "--checkpoint", "new/one"])
     assert capsys.readouterr().out == spoken
     from transformers import AutoTokenizer
-    theirs = AutoTokenizer.from_pretrained("folder")
+    theirs = AutoTokenizer.from_pretrained("new/one")
     for text in [*SCRIPTS, random_text(2), random_text(3)]:
         assert theirs.encode(text) == tokenizer.encode_ordinary(text)
 

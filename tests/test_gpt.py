@@ -251,12 +251,24 @@ PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
     ({}, {0, 1, 2, 3}), ({"temperature": 0}, {1}), ({"temperature": 1e-46}, {1}),
     ({"top_k": 1}, {1}), ({"top_k": 2}, {1, 3}), ({"top_k": 9}, {0, 1, 2, 3}),
     ({"top_p": 0.1}, {1}), ({"top_p": 0.5}, {1, 3}), ({"top_p": 0.8}, {1, 2, 3}),
-    ({"top_p": 1.0}, {0, 1, 2, 3}), ({"top_k": 3, "top_p": 0.5}, {1, 3})])
+    ({"top_p": 1.0}, {0, 1, 2, 3}), ({"top_k": 3, "top_p": 0.5}, {1, 3}), ({"top_k": 2, "top_p": 0.5}, {1}),
+    ({"top_p": 0.75}, {1, 2, 3})])
 def test_the_next_token_is_drawn_from_those_the_options_leave(options, possible):
     logits = torch.tensor(PROBABILITIES).log().repeat(2000, 1)
     options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
     drawn = gpt.next_token(logits, **options, generator=torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == possible
+
+
+@pytest.mark.parametrize("top_k, top_p", [(None, None), (1, None), (None, 0.5), (2, 0.5)])
+def test_each_row_of_a_batch_draws_from_its_own_tokens(top_k, top_p):
+    drawn = gpt.next_token(99 * torch.eye(4), 1.0, top_k, top_p, torch.Generator().manual_seed(0))
+    assert drawn.tolist() == [0, 1, 2, 3]
+
+
+def test_top_p_leaves_out_what_is_not_needed_to_reach_it():
+    drawn = gpt.next_token(torch.zeros(2000, 2), 1.0, None, 0.5, torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) == 1        # of two tokens with a probability of 0.5 each
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

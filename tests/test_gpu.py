@@ -51,11 +51,12 @@ def test_the_kernel_gets_head_sizes_that_older_gpus_have_it_for(monkeypatch):
 def test_what_the_model_makes_is_on_its_own_device(fused):
     with torch.device("meta"):      # which has shapes but no data, and refuses most others
         model, ids = gpt.GPT(ODD, fused), torch.zeros(2, 16).long()
-        caches = [gpt.KVCache(model, 2) for _ in model.h]
+    caches = [gpt.KVCache(model, 2) for _ in model.h]
     model(ids, ids).backward()
     with torch.inference_mode():
         made = [model(ids), model.hidden(ids, caches), *(p.grad for p in model.parameters())]
         made += [caches[0].keys, train.orthogonalize(made[1], torch.bfloat16)]
+        made += [gpt.next_token(made[0][:, -1], 1.0, *options, None) for options in ((None, None), (9, 0.9))]
     assert {x.device.type for x in made} == {"meta"}
 
 
