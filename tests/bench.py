@@ -1,9 +1,10 @@
 """How fast this is, beside what one would use instead, and beside what the machine can do.
 
     pip install -e '.[bench]'
-    python tests/bench.py                       all rows for a CPU, 30 to 60 minutes
+    python tests/bench.py                       all rows for a CPU, one to two hours
     python tests/bench.py generation prepare    the rows of these groups
     python tests/bench.py quickstart --seeds 5  the quickstart with five seeds, into docs/quickstart.jsonl
+    python tests/bench.py exercises             bits per byte with each exercise, into docs/exercises.jsonl
     python tests/bench.py --device cuda         training and generation on a GPU
     python tests/bench.py --device cuda --nanogpt FOLDER        also nanoGPT, out of a clone of it
     python tests/bench.py --table NAME          also writes the table into docs/benchmarks.md
@@ -430,11 +431,11 @@ SHAKESPEARE_RECIPE = ["--data", "data/shakespeare", "--block_size", "64", "--bat
                       "--global_batch_size", "16", "--schedule", "linear"]
 
 
-def run(launcher, out, *flags):
+def run(launcher, out, *flags, source=ROOT):
     """Runs train.py; returns the rows of its log, and its seconds from start to end. What it printed is in
     out/printed.txt."""
     started = time.perf_counter()
-    result = subprocess.run([*launcher, ROOT / "train.py", "--out", out, *flags], check=True,
+    result = subprocess.run([*launcher, source / "train.py", "--out", out, *flags], check=True,
                             capture_output=True, text=True)
     seconds = time.perf_counter() - started
     Path(out, "printed.txt").write_text(result.stdout, encoding="utf-8")
@@ -575,11 +576,36 @@ def bench_quickstart(seeds):
         f"in {prepare.duration(statistics.median(seconds))}", "", "≤ 1.40")
 
 
+def bench_exercises():
+    """Trains 200 steps with each exercise that changes training, and writes docs/exercises.jsonl. README.md
+    has the same from a GPU."""
+    from test_readme import EXERCISES, changed
+    prepare.prepare(["python"], "data/python", "bpe")
+    flags = {"Another seed": ["--seed", "1"], "Another schedule": ["--schedule", "squared"]}
+    results = []
+    for name, file, diff in (("Unchanged", "", ""), ("Another seed", "", ""), *EXERCISES):
+        if name in ("Min-p sampling", "Another file type"):
+            continue        # they change something else
+        source = Path(name.replace(" ", "-")).absolute()
+        source.mkdir()
+        for path in ROOT.glob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            text = changed(text, diff) if path.name == file else text
+            (source / path.name).write_text(text, encoding="utf-8")
+        rows, _ = run([sys.executable], source / "out", "--max_steps", "200", "--dtype", "float32",
+                      *flags.get(name, []), source=source)
+        results.append({"change": name.rstrip("."), "bits_per_byte": rows[-1]["bits_per_byte"]})
+        row(f"exercise: {name}, bits per byte after 200 steps", f"{rows[-1]['bits_per_byte']:.3f}", "", "")
+    text = "".join(json.dumps(result) + "\n" for result in results)
+    Path(ROOT, "docs", "exercises.jsonl").write_text(text, encoding="utf-8")
+
+
 def main():
     groups = {"training": bench_training, "generation": bench_generation, "cache": bench_cache,
               "prepare": bench_prepare, "vocabulary": bench_vocabulary,
               "ranks": bench_ranks, "loss": bench_loss,
-              "quickstart": lambda repeats: bench_quickstart(args.seeds)}
+              "quickstart": lambda repeats: bench_quickstart(args.seeds),
+              "exercises": lambda repeats: bench_exercises()}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="group", help="which rows (default: all)")
