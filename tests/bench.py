@@ -577,8 +577,8 @@ def bench_quickstart(seeds):
 
 
 def bench_exercises():
-    """Trains 200 steps with each exercise that changes training, and writes docs/exercises.jsonl. README.md
-    has the same from a GPU."""
+    """Trains 200 steps with each exercise that changes training, and writes docs/exercises.jsonl, which the
+    tables in README.md and docs/exercises.md show."""
     from test_readme import EXERCISES, changed
     prepare.prepare(["python"], "data/python", "bpe")
     flags = {"Another seed": ["--seed", "1"], "Another schedule": ["--schedule", "squared"]}

@@ -80,6 +80,12 @@ def test_the_figures_of_the_quickstart_are_those_that_bench_py_measured():
         assert f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}" in README
 
 
+def test_the_results_of_the_exercises_are_those_that_bench_py_measured():
+    for line in (ROOT / "docs" / "exercises.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        assert f"{result['bits_per_byte']:.3f}" in README, result["change"]
+
+
 def test_what_the_readme_shows_is_what_the_quickstart_printed():
     printed = (ROOT / "docs" / "quickstart.txt").read_text(encoding="utf-8")
     [samples] = re.findall(r"^```\n(after .*?)^```", README, re.MULTILINE | re.DOTALL)
