@@ -579,19 +579,14 @@ def bench_quickstart(seeds):
 def bench_exercises():
     """Trains 200 steps with each exercise that changes training, and writes docs/exercises.jsonl, which the
     tables in README.md and docs/exercises.md show."""
-    from test_readme import EXERCISES, changed
+    from test_readme import EXERCISES, copy_of_the_programs
     prepare.prepare(["python"], "data/python", "bpe")
     flags = {"Another seed": ["--seed", "1"], "Another schedule": ["--schedule", "squared"]}
     results = []
     for name, file, diff in (("Unchanged", "", ""), ("Another seed", "", ""), *EXERCISES):
         if name in ("Min-p sampling", "Another file type"):
             continue        # they change something else
-        source = Path(name.replace(" ", "-")).absolute()
-        source.mkdir()
-        for path in ROOT.glob("*.py"):
-            text = path.read_text(encoding="utf-8")
-            text = changed(text, diff) if path.name == file else text
-            (source / path.name).write_text(text, encoding="utf-8")
+        source = copy_of_the_programs(name.replace(" ", "-"), file, diff)
         rows, _ = run([sys.executable], source / "out", "--max_steps", "200", "--dtype", "float32",
                       *flags.get(name, []), source=source)
         results.append({"change": name.rstrip("."), "bits_per_byte": rows[-1]["bits_per_byte"]})

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -110,6 +111,14 @@ def checkpoint(model):
     Path("out/text").mkdir(parents=True)
     gpt.save_checkpoint("out/text/best.pt", model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
     return "out/text/best.pt"
+
+
+@pytest.fixture
+def limit_files():
+    """limit_files(n) makes writing fail beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def documents(folder):

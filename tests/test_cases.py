@@ -3,7 +3,6 @@ memory that runs out, and all the ways in which a session ends."""
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -141,14 +140,10 @@ def test_an_export_does_not_overwrite(fails, checkpoint, data):
 
 
 @pytest.mark.parametrize("limit", [1000, 30_000])       # the model is smaller than its tokenizer
-def test_an_export_to_a_full_disk_leaves_nothing(fails, checkpoint, limit):
+def test_an_export_to_a_full_disk_leaves_nothing(fails, checkpoint, limit_files, limit):
     Path("exports").mkdir()
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    try:
-        fails(sample.main, ["--checkpoint", checkpoint, "--export", "exports/mine"], "cannot write exports/m")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    limit_files(limit)
+    fails(sample.main, ["--checkpoint", checkpoint, "--export", "exports/mine"], "cannot write exports/mine")
     assert os.listdir("exports") == []
 
 

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -71,14 +70,6 @@ def test_killed_at_any_moment_a_run_can_be_resumed_and_is_the_same_in_the_end():
 
 
 # ------------------------------------------------------------------------------------------------- disks
-
-@pytest.fixture
-def limit_files():
-    """limit_files(n) makes writing fail beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
 
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_line(fails, data, limit_files):
     model, _ = run("--max_steps", 2)

@@ -39,19 +39,25 @@ def changed(source, diff):
     return source
 
 
+def copy_of_the_programs(folder, file, diff):
+    """Copies the four programs into a new folder, one of them changed. Returns the folder's absolute path."""
+    folder = Path(folder).absolute()
+    folder.mkdir()
+    for path in ROOT.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        text = changed(text, diff) if path.name == file else text
+        (folder / path.name).write_text(text, encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize("name, file, diff, sizes", [
     *((*exercise, []) for exercise in EXERCISES),
     *((*exercise, ["--n_embd", "114", "--n_head", "2"]) for exercise in EXERCISES
       if exercise[0] == "Rotary positions")],
     ids=[*(name for name, _, _ in EXERCISES), "Rotary positions at head size 57"])
 def test_each_exercise_fits_and_trains_in_two_processes(name, file, diff, sizes, data):
-    copy = Path("copy")
-    copy.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, copy)
-    (copy / file).write_text(changed((copy / file).read_text(encoding="utf-8"), diff), encoding="utf-8")
     flags = ["--data", data, "--max_steps", 2, "--block_size", 16, *sizes]
-    first, second = ranks(2, *flags, source=copy.resolve())
+    first, second = ranks(2, *flags, source=copy_of_the_programs("copy", file, diff))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "step 2/2 | validation loss" in first.stdout
 
