@@ -47,6 +47,13 @@ def test_the_kernel_gets_head_sizes_that_older_gpus_have_it_for(monkeypatch):
     assert seen == [(24, 1 / math.sqrt(19))] * 2
 
 
+def test_a_head_size_that_needs_no_padding_is_not_copied(monkeypatch):
+    monkeypatch.setattr(gpt, "PADDED", ("cpu",))
+    monkeypatch.setattr(F, "pad", lambda *args: pytest.fail("it copies"))
+    q = torch.randn(2, 3, 16, 64)
+    assert torch.allclose(gpt.fused_attention(q, q, q, 0.0), gpt.attention(q, q, q, 0.0), atol=1e-6)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_what_the_model_makes_is_on_its_own_device(fused):
     with torch.device("meta"):      # which has shapes but no data, and refuses most others
