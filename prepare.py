@@ -164,11 +164,9 @@ def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, 
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
         name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
-        n_tokens = 0
         with open(new / "train.bin", "wb") as file:
-            for tokens in encode_all(pieces, tokenizer_parts(name, vocabulary)):
-                n_tokens += len(tokens)
-                file.write(tokens)
+            file.writelines(encode_all(pieces, tokenizer_parts(name, vocabulary)))
+            n_tokens = file.tell() // TOKEN.itemsize
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
         # All tokens are in train.bin now: move the last of them to val.bin.
@@ -442,8 +440,6 @@ def new_folder(folder):
     """Yields an empty folder inside `folder`. At the end, its files move up into `folder`, meta.json last.
     If an exception comes before that, `folder` is as it was before."""
     new = folder / ".unfinished"
-    # To remove at the end: .unfinished, or after a failure all of a new folder. (abspath is for "..")
-    rubbish = new if os.path.isdir(os.path.abspath(folder)) else folder
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process
         try:
@@ -452,9 +448,10 @@ def new_folder(folder):
             (folder / "meta.json").unlink(missing_ok=True)
             for name in ("vocabulary.tiktoken", "train.bin", "val.bin", "meta.json"):
                 os.replace(new / name, folder / name)
-            rubbish = new
         finally:
-            shutil.rmtree(rubbish, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            if os.listdir(folder) == [".lock"]:     # nothing else was in it, or came into it
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -463,11 +460,10 @@ def held(folder):
     UserError if another process holds it."""
     os.makedirs(folder, exist_ok=True)
     try:
-        lock = filelock.FileLock(Path(folder, ".lock")).acquire(timeout=0)
+        with filelock.FileLock(Path(folder, ".lock"), timeout=0):
+            yield
     except filelock.Timeout as error:
         raise UserError(f"another process is writing to {folder}: wait, or choose another folder") from error
-    with lock:
-        yield
 
 
 def write_meta(folder, meta):
@@ -523,7 +519,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but the help shows each default, and errors take one line."""
 
     def add_argument(self, *names, **options):
-        if options.get("default") not in (None, argparse.SUPPRESS):
+        if options.get("default") not in (None, "", argparse.SUPPRESS):
             options["help"] = options.get("help", "") + " (default: %(default)s)"
         return super().add_argument(*names, **options)
 

@@ -1,7 +1,7 @@
 """From weights and a prompt to text: prints the continuation as it is generated, character by character.
 
     python sample.py --prompt "def"                                     uses the newest run in out/
-    python sample.py --prompt_file - --num_samples 3 < question.txt
+    python sample.py --prompt "def" --num_samples 3
     python sample.py --prompt "Once upon" --show_probs                  shows likely alternatives
     python sample.py --export FOLDER                                    for Hugging Face's transformers
 
@@ -23,28 +23,21 @@ from prepare import Parser, UserError, at_least_0, checked, get_tokenizer, on_en
 from prepare import in_colour, positive_int, read_text, seed_int, token_text, tokenizer_parts, vocabulary_text
 
 
-def complete(model, tokenizer, prompt, max_new_tokens, *, num_samples=1, seed=1337, **options):
-    """Continues a prompt num_samples times in one batch; the options are those of GPT.generate. After each
-    token, yields a list of strings: the new text of each sample.
+def complete(model, tokenizer, prompt, max_new_tokens, *, seed=1337, **options):
+    """Continues a prompt up to <|endoftext|>; an empty one starts a new document. Yields the new text after
+    each token. The options are those of GPT.generate.
 
-    A token may be only part of a character. Then it adds "", and the character appears once it is complete
-    (or as \ufffd at the end, if it never is). A sample ends at <|endoftext|>; when all have, generation ends.
-    An empty prompt starts a new document."""
+    A token may be only part of a character. Then its text is "", and the character appears once it is
+    complete (or as \ufffd at the end, if it never is)."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_samples)]
-    ended = [False] * num_samples
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     options["generator"] = torch.Generator(device).manual_seed(seed)
-    for next_ids in model.generate(ids.repeat(num_samples, 1), max_new_tokens, **options):
-        added = [""] * num_samples
-        for i, next_id in enumerate(next_ids.tolist()):
-            ended[i] = ended[i] or next_id == tokenizer.eot_token
-            if not ended[i]:
-                added[i] = decoders[i].decode(tokenizer.decode_single_token_bytes(next_id))
-        yield added
-        if all(ended):
+    for [token] in model.generate(ids, max_new_tokens, **options):
+        if token == tokenizer.eot_token:
             break
-    yield [decoder.decode(b"", final=True) for decoder in decoders]
+        yield decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
+    yield decoder.decode(b"", final=True)
 
 
 def encode_prompt(tokenizer, prompt):
@@ -89,21 +82,17 @@ def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
         print(line, "  ".join(f"{shown(rival)} {row[rival]:.1%}" for rival in rivals), flush=True)
 
 
-def print_samples(model, tokenizer, prompt, num_samples, **options):
-    """Prints the first sample as it is generated, then the others, even after Ctrl-C."""
-    texts = [prompt] * num_samples
-    if num_samples > 1:
-        print("--- sample 1 ---")
-    print(prompt, end="", flush=True)
-    try:
-        for added in complete(model, tokenizer, prompt, num_samples=num_samples, **options):
-            print(added[0], end="", flush=True)
-            texts = [text + new for text, new in zip(texts, added, strict=True)]
-    finally:
-        print()
-        others = texts[1:] if any(text != prompt for text in texts) else []     # nothing if memory ran out
-        for i, text in enumerate(others, start=2):
-            print(f"--- sample {i} ---\n{text}")
+def print_samples(model, tokenizer, prompt, num_samples, seed, **options):
+    """Prints samples as they are generated, each with the next seed."""
+    for i in range(num_samples):
+        if num_samples > 1:
+            print(f"--- sample {i + 1} ---")
+        print(prompt, end="", flush=True)
+        try:
+            for text in complete(model, tokenizer, prompt, seed=seed + i, **options):
+                print(text, end="", flush=True)
+        finally:
+            print()
 
 
 def load_model(source):
@@ -176,24 +165,11 @@ def newest_checkpoint(*folders):
     return max(runs.values(), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def read_prompt(file):
-    """Returns the text of a file, or of standard input for "-"."""
-    if file == "-" and not sys.stdin:
-        raise UserError("standard input is closed: pass a file with --prompt_file")
-    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt in {file} is not UTF-8 at byte {error.start:,}") from error
-
-
 def parse_args(argv):
     parser = Parser(description="Continue a prompt with a trained model.")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", help="the text to continue, better without a trailing space "
-                        "(default: start a new document)")
-    prompt.add_argument("--prompt_file", help="a file with the prompt, or - for standard input")
     add = parser.add_argument
+    add("--prompt", default="", help="the text to continue, better without a trailing space (default: start "
+        "a new document)")
     add("--checkpoint", help="a file or folder that train.py wrote, a folder with a GPT-2 in Hugging Face's "
         "format, or its name on their hub, such as gpt2-xl (default: the newest run in out/)")
     output = parser.add_mutually_exclusive_group()
@@ -208,19 +184,18 @@ def parse_args(argv):
     add("--top_k", type=positive_int, default=50, help="sample only from this many of the likeliest tokens")
     add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "a number above 0, at most 1"), default=1.0,
         help="sample only from the fewest tokens whose probabilities reach this")
-    add("--seed", type=seed_int, default=1337, help="same seed and flags, same text")
+    add("--seed", type=seed_int, default=1337, help="of the first sample; the others use the next seeds")
     add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     return parser.parse_args(argv)
 
 
-@one_line_errors(ModelError, out_of_memory="lower --num_samples, or choose a smaller --checkpoint")
+@one_line_errors(ModelError, out_of_memory="choose a smaller --checkpoint")
 def main(argv=None):
     args = parse_args(argv)
     on_ending_signals()
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
     checkpoint = args.checkpoint or newest_checkpoint(*Path("out").glob("*"))
     if not checkpoint:
         raise UserError("there is no checkpoint in out/: run train.py first, or pass one with --checkpoint")
@@ -234,7 +209,7 @@ def main(argv=None):
         print(f"wrote {args.export}")
         return
     tokenizer = get_tokenizer(*tokenizer)
-    length, block_size = len(encode_prompt(tokenizer, prompt)), model.config.block_size
+    length, block_size = len(encode_prompt(tokenizer, args.prompt)), model.config.block_size
     if length > block_size:
         print(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}",
               file=sys.stderr)
@@ -242,9 +217,9 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     if args.show_probs:
         generator = torch.Generator(device).manual_seed(args.seed)
-        show_probs(model, tokenizer, prompt, generator=generator, **options)
+        show_probs(model, tokenizer, args.prompt, generator=generator, **options)
     else:
-        print_samples(model, tokenizer, prompt, args.num_samples, seed=args.seed, **options)
+        print_samples(model, tokenizer, args.prompt, args.num_samples, args.seed, **options)
 
 
 if __name__ == "__main__":

@@ -710,8 +710,7 @@ def show_sample_and_curves(run):
     if run.world.rank == 0:
         with run.log.optional("sample"):
             tokenizer = get_tokenizer(run.data["tokenizer"], run.data["vocabulary"])
-            parts = complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50)
-            text = "".join(added for [added] in parts)
+            text = "".join(complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50))
             run.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
         with run.log.optional("curves"):
             draw_curves(run.args.out)

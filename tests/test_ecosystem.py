@@ -60,8 +60,8 @@ def test_an_exported_checkpoint_speaks_in_a_pipeline_as_it_does_here(gpt2, capsy
     sample.main(["--checkpoint", "gpt2.pt", "--export", "folder", "--dtype", "float32"])
     assert capsys.readouterr().out == "wrote folder\n"
     theirs = pipeline("text-generation", "folder")("The sea", max_new_tokens=64, do_sample=False)
-    parts = sample.complete(gpt2, get_tokenizer("gpt2"), "The sea", 64, temperature=0)
-    assert theirs[0]["generated_text"] == "The sea" + "".join(added for [added] in parts)
+    ours = sample.complete(gpt2, get_tokenizer("gpt2"), "The sea", 64, temperature=0)
+    assert theirs[0]["generated_text"] == "The sea" + "".join(ours)
 
 
 def test_a_pipeline_stops_where_the_context_of_an_exported_model_ends(model):
