@@ -8,12 +8,12 @@ out/NAME gets last.pt (everything --resume needs), best.pt (weights with the low
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
 Processes that train together are called ranks. `world` knows the number of this one (world.rank), how many
-there are (world.size), and its device; world.sum adds up numbers over all ranks. A step learns from
-one global batch of sequences. Each rank takes an equal part of it and works through it in micro-batches of at
-most --batch_size sequences, as memory allows. Then all ranks update their weights identically.
+there are (world.size), and its device; world.sum(a, b) returns two sums over all ranks, of a and of b. A step
+learns from one global batch of sequences. Each rank takes an equal part of it, in micro-batches of at most
+--batch_size sequences, so that they fit into memory. Then all ranks update their weights identically.
 
 last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped: first to a
-temporary file, which then replaces the old last.pt. If the machine dies in between, the old one is intact. A
+temporary file, which then replaces the old last.pt. If the machine dies meanwhile, the old one is intact. A
 run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on one kind
 of CPU): a step depends only on flags, data, last.pt and the number of ranks. Left out: sharded models.
 """
@@ -74,7 +74,7 @@ class Sequences:
 @lru_cache(maxsize=1)
 def epoch_order(n, seed, epoch):
     """The order in which an epoch reads n sequences, each of them once: a permutation that depends only on
-    seed and epoch. It takes 4 bytes per sequence."""
+    seed and epoch."""
     order = np.arange(n, dtype=np.uint32)
     np.random.default_rng((seed, epoch)).shuffle(order)
     return order
@@ -89,8 +89,8 @@ class Batches:
 
     batches(offset) is this rank's part of the step that begins at that offset of the list: micro-batches
     (inputs, targets) of equal size, the largest up to batch_size that divides the part. What a step reads
-    depends on global_batch_size, not on how many ranks and micro-batches share the work. It is 32 for nano by
-    default, otherwise batch_size times the number of ranks."""
+    depends on offset and global_batch_size, not on how many ranks and micro-batches share the work. By
+    default, nano's global_batch_size is 32, that of others batch_size times the number of ranks."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -110,11 +110,11 @@ class Batches:
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
     """The learning rate of a step, counted from 0. Gradients are large and erratic at first, so the rate
     starts small. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the
-    peak at step W. Then it falls, so that the weights settle, and reaches `low` one step after the last:
+    peak at step W. Then it falls, so that the weights settle, and ends one step short of `low`:
 
-        linear      straight down
+        linear      straight down (the default)
         cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
-        trapezoid   stays at the peak for 60% of these steps, then straight down (warmup-stable-decay)
+        trapezoid   at the peak for 60% of the steps after the warm-up, then straight down (nano's default)
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
@@ -126,15 +126,15 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW] or, for "muon" (the default for nano), [AdamW, Muon]. Then Muon, explained after the
-    loop, trains the matrices of the blocks. AdamW trains the rest: embeddings and lm_head at 4 times the
-    learning rate (`update` applies lr_scale), vectors at the learning rate itself.
+    """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]: Muon, explained
+    after the loop, trains the matrices of the blocks, and AdamW the rest, with embeddings and lm_head at 4
+    times the learning rate (`update` applies lr_scale).
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. How far a weight moves then does not depend on the scale of its
-    gradient: typically about 0.2 of the learning rate. Weight decay also shrinks every matrix by the fraction
-    lr * weight_decay at each step, so that weights grow only where it helps. Vectors (biases, LayerNorm
-    weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
+    gradient: typically about 0.2 of the learning rate. Both optimizers also shrink every matrix, embeddings
+    too, by the fraction lr * weight_decay at each step, so that weights grow only where it helps. Vectors
+    (biases, LayerNorm weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
 
@@ -158,12 +158,12 @@ def backward(model, micro_batches, scaler, autocast):
     scale. Returns this rank's mean loss.
 
     With several ranks, model is wrapped in DDP (PyTorch's DistributedDataParallel). At the start it copies
-    the weights of rank 0 to all ranks; in each backward pass it averages their gradients. All ranks begin
-    with the same weights, get the same gradients, and so keep the same weights."""
+    the weights of rank 0 to all ranks; once per step it averages their gradients. With the same weights,
+    gradients and state of the optimizers (none, or that of last.pt), all ranks keep the same weights."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
-        # Ranks exchange gradients only in the last micro-batch; before that, each adds up its own. DDP looks
-        # at this flag in forward and exchanges in backward. A plain model ignores the flag.
+        # Each rank adds up the gradients of its micro-batches. In the last backward pass, DDP averages these
+        # sums over all ranks. It looks at this flag in forward; a plain model ignores the flag.
         model.require_backward_grad_sync = i == len(micro_batches)
         with autocast:      # runs matmuls in bfloat16 or float16, several times faster
             loss = model(inputs, targets) / len(micro_batches)      # because backward adds up gradients
@@ -177,9 +177,9 @@ def backward(model, micro_batches, scaler, autocast):
 def update(model, optimizers, scaler, loss, lr, grad_clip):
     """Steps the optimizers, or skips the step if the loss or a gradient is infinite or NaN, which would ruin
     all weights. In float16 that happens now and then: the loss scale was too high, and is halved. In other
-    dtypes it means that training has diverged, and check_finite ends the run. All ranks see the same
-    averages, so they decide alike. A gradient whose norm is above grad_clip is scaled down to it, so that one
-    outlier batch cannot do much damage. Returns the norm before clipping, and whether a step was taken."""
+    dtypes, or 20 times in a row, it means that training has diverged, and check_finite ends the run. Loss and
+    gradients are averages over all ranks, so all decide alike. If the norm of all gradients together is above
+    grad_clip, they are scaled down to it, so that one outlier batch cannot do much damage."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)      # divides gradients by the loss scale, and notes any inf or NaN
         for group in optimizer.param_groups:
@@ -188,10 +188,10 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in optimizers:
         if finite:
-            optimizer.step()    # scaler.step would decide for each optimizer alone
+            optimizer.step()    # not scaler.step, which might skip one of two optimizers
         optimizer.zero_grad()
     scaler.update()     # halves the loss scale if a gradient overflowed; doubles it after 2,000 good steps
-    return grad_norm, finite
+    return grad_norm, finite        # the norm before clipping, and whether a step was taken
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -199,8 +199,8 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 @torch.no_grad()
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
-    its standard error: how much it would typically vary with other text. Ranks take turns batch by batch.
-    During training, count is --eval_sequences; after the last step, it is also all of them."""
+    its standard error: how much it would typically vary with other text. The ranks share the batches. During
+    training, count is --eval_sequences; after the last step, a second call takes all of them."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
     losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]     # summed over each batch
@@ -217,8 +217,8 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
 @dataclass
 class State:
     """Where a run stands. last.pt has this, plus weights, optimizers, loss scale, flags and vocabulary."""
-    step: int = 0                       # steps done, including skipped ones
-    offset: int = 0                     # sequences read: where the next step begins in the order of training
+    step: int = 0                       # steps done, skipped ones too: the next one's number, from 0
+    offset: int = 0                     # sequences read (global_batch_size may change when a run is resumed)
     skipped: int = 0                    # consecutive steps skipped, because something was not finite
     best_val_loss: float = math.inf     # the lowest so far
 
@@ -246,16 +246,15 @@ def train(run, told_to_stop):
     """The training loop. told_to_stop() is true after Ctrl-C, for example."""
     args, world, state = run.args, run.world, run.state
     while True:
-        # First in the loop, so that a run which stopped before an evaluation does it when resumed.
+        # Evaluates the last step. This comes first, so that a resumed run makes up an evaluation it missed.
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
             evaluate_and_save(run)
         if state.step >= run.total_steps:
             break
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
-        seed_dropout(args.seed, state.step, world.rank)
+        seed_dropout(args.seed, state.step, world.rank)     # so last.pt needs no random state
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
-        # world.sum adds up each number over all ranks: here their mean loss, and how many were told to stop.
-        # All ranks get the same sums, so they all stop after the same step.
+        # Mean loss, and how many ranks were told to stop: the same on all, so all stop after the same step.
         loss, stop = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         # A skipped step counts like any other, and its batch is not repeated.
@@ -275,11 +274,11 @@ def train(run, told_to_stop):
 # --------------------------------------------------------------------------------------- Muon
 
 class Muon(torch.optim.Optimizer):
-    """Keeps a running mean of each matrix's gradient, replaces it by the nearest orthogonal matrix, and steps
-    against that (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Every matrix is a rotation,
-    a stretch along some axes, and another rotation: U S V^T. A gradient stretches a few directions most, and
-    they would dominate the step. U V^T, that nearest matrix, has no stretch: the weak directions learn as
-    fast as the strong ones."""
+    """Like AdamW, keeps a running mean of the gradient, but then evens out the directions of a whole matrix
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Every matrix is a rotation, a stretch
+    along some axes, and another rotation: U S V^T. A gradient stretches a few axes far more than the others,
+    and they would dominate the step. So Muon steps against U V^T, the nearest orthogonal matrix, which has no
+    stretch: the weak directions learn as fast as the strong ones."""
 
     def __init__(self, groups, weight_decay, dtype):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
@@ -311,7 +310,7 @@ def orthogonalize(x, dtype):
     x and the result are (N, rows, columns)."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, dtype).mT        # x x^T is smaller when x is transposed
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # now every s is at most 1
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # norm^2 = sum of s^2: now s <= 1
     for _ in range(5):
         xxt = x @ x.mT
         x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x       # the polynomial
