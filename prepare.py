@@ -304,7 +304,7 @@ def find_files(source, folder):
     if is_url := source.startswith(("https://", "http://")):
         files = [Path(source.partition("?")[0])]
     elif os.path.exists(source):
-        files = list(walk(Path(source)))
+        files = list(walk(Path(source), set()))
     else:
         raise UserError(f"there is no {source}: a SOURCE is a file, a folder, a URL, hf:OWNER/NAME, "
                         f"{', '.join(NAMED_SOURCES)} or python")
@@ -317,14 +317,16 @@ def find_files(source, folder):
     return [download(source, folder)] if is_url else taken
 
 
-def walk(path, within=()):
-    """Yields a file, or all files in a folder and its subfolders, except hidden ones. Follows links."""
+def walk(path, seen):
+    """Yields a file, or all files in a folder and its subfolders, except hidden ones. Follows links, but
+    enters no folder twice: `seen` has their real paths."""
     if path.is_file():
         yield path
-    elif path.is_dir() and path.resolve() not in within:        # guards against loops of links
-        for entry in path.iterdir():
+    elif path.is_dir() and (real := path.resolve()) not in seen:
+        seen.add(real)
+        for entry in sorted(path.iterdir()):
             if not entry.name.startswith("."):
-                yield from walk(entry, (*within, path.resolve()))
+                yield from walk(entry, seen)
 
 
 def download(url, folder):
@@ -523,6 +525,13 @@ class Parser(argparse.ArgumentParser):
             options["help"] = options.get("help", "") + " (default: %(default)s)"
         return super().add_argument(*names, **options)
 
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if value == "" and name != "prompt":        # a variable that the shell does not know
+                self.error(f"argument --{name}: expected a value, not an empty text")
+        return args
+
     def error(self, message):
         if "expected one argument" in message:
             message += ', as in --flag VALUE, or --flag="-VALUE" if VALUE begins with -'
@@ -570,6 +579,8 @@ def one_line_errors(*kinds, out_of_memory):
         elif isinstance(root, MemoryError) or (isinstance(root, RuntimeError) and (
                 "out of memory" in str(root) or "allocate memory" in str(root))):
             message = f"out of memory: {out_of_memory}"
+        elif isinstance(error, OSError) and error.strerror:
+            message = f"cannot read or write {error.filename or 'a file'} ({error.strerror}): fix that first"
         elif not isinstance(error, (UserError, OSError, *kinds)):
             raise
         sys.stderr.write(f"error: {' '.join(message.split())}\n")       # one line, whatever it quotes

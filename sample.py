@@ -102,8 +102,8 @@ def load_model(source):
     exported = Path(source, "vocabulary.tiktoken")
     if os.path.isfile(source) or str(source).endswith(".pt"):
         model, meta = load_checkpoint(source)
-        if "data" not in meta or not all(weight.isfinite().all() for weight in model.parameters()):
-            raise UserError(f"{source} cannot be used: its run diverged, or it is not from train.py")
+        if "data" not in meta:
+            raise UserError(f"{source} cannot be used: it is not from train.py")
         tokenizer = meta["data"]["tokenizer"], meta["data"]["vocabulary"]
     elif "/" in str(source) and not os.path.exists(source) and Path(source).parent.is_dir():
         raise UserError(f"there is no {source}: run train.py first, or pass a file or folder that exists")
@@ -113,15 +113,26 @@ def load_model(source):
     else:
         model, tokenizer = GPT.from_pretrained(source), ("gpt2", "")
         if exported.exists():
-            text = exported.read_text()
-            tokenizer = ("bpe", text) if text else ("bytes", "")
+            tokenizer = read_vocabulary(exported)
         elif has_other_tokenizer(source):
             raise UserError(f"{source} has a tokenizer of its own: only models with GPT-2's can be used")
     ours, theirs = get_tokenizer(*tokenizer).n_vocab, model.config.vocab_size
     if ours != theirs:
         raise UserError(f"{source} has {theirs:,} tokens, but the tokenizer {tokenizer[0]} has {ours:,}: "
                         "only models with GPT-2's tokenizer, or one from prepare.py, can be used")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise UserError(f"{source} cannot be used: its run diverged (it has weights that are not finite)")
     return model, tokenizer
+
+
+def read_vocabulary(path):
+    """Returns the name and vocabulary of a tokenizer that `export` wrote, or raises UserError."""
+    with suppress(ValueError):
+        text = path.read_text(encoding="ascii")
+        ranks = tokenizer_parts("bpe", text)["mergeable_ranks"]
+        if [*ranks.values()] == [*range(len(ranks))]:
+            return ("bpe", text) if text else ("bytes", "")
+    raise UserError(f"{path} is damaged: export the model again")
 
 
 def has_other_tokenizer(source):
@@ -214,6 +225,8 @@ def main(argv=None):
         print(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}",
               file=sys.stderr)
     model = model.to(device, dtype)
+    if not model(torch.zeros(1, 1, dtype=torch.int64, device=device)).isfinite().all():
+        raise UserError("the model's logits are not finite: its run diverged, or try --dtype float32")
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     if args.show_probs:
         generator = torch.Generator(device).manual_seed(args.seed)

@@ -352,7 +352,11 @@ class World:
             self.device = torch.device("cuda", gpu)
             torch.cuda.set_device(self.device)
         if self.size > 1:       # gloo sums numbers on CPUs, nccl gradients on GPUs
-            store, _, _ = next(dist.rendezvous("env://"))
+            try:
+                store, _, _ = next(dist.rendezvous("env://"))
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"the processes cannot meet at MASTER_ADDR and MASTER_PORT ({error}): use "
+                                "torchrun, or another port") from error
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # survives restarts of ranks
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             nccl = device.type == "cuda" and dist.is_nccl_available()      # not on Windows
@@ -865,7 +869,7 @@ def main(argv=None):
                         "command with --resume continues")
     except OSError as error:
         raise UserError(f"cannot read or write {error.filename or args.out} ({error.strerror}): fix that, or "
-                        "choose another --out; earlier checkpoints can still be resumed") from error
+                        "choose another folder; earlier checkpoints can still be resumed") from error
     finally:
         world.close()
 

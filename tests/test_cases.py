@@ -4,6 +4,7 @@ memory that runs out, and all the ways in which a session ends."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -82,7 +83,7 @@ def test_a_target_that_cannot_be_written_is_found_before_the_work(fails, monkeyp
     Path("data").mkdir()
     Path("data/books").touch()
     monkeypatch.setattr(prepare, "find_files", failing)
-    fails(prepare.main, ["books.txt", "--tokenizer", "bytes"], "File exists: 'data/books'")
+    fails(prepare.main, ["books.txt", "--tokenizer", "bytes"], "data/books (File exists): fix that first")
 
 
 def test_a_folder_is_held_by_one_process_and_free_again_however_that_ends(fails, data):
@@ -191,6 +192,7 @@ def test_linked_folders_are_read_once_hidden_ones_not_and_what_is_left_out_is_sa
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(path)
     Path("books/linked").symlink_to("../elsewhere")
+    Path("books/linked again").symlink_to("../elsewhere")
     Path("elsewhere/loop").symlink_to("../books")
     Path("books/dangling.txt").symlink_to("nowhere.txt")
     prepare.prepare(["books"], "data/books", "bytes")
@@ -345,6 +347,23 @@ def test_an_environment_that_contradicts_itself_is_one_line(fails, data, monkeyp
           "are not as torchrun sets them: use torchrun, or unset them")
 
 
+def test_processes_that_cannot_meet_say_so_in_one_line(fails, data, monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    with socket.create_server(("127.0.0.1", 0)) as server:      # another program has the port
+        for port in ("abc", "99999", server.getsockname()[1]):
+            monkeypatch.setenv("MASTER_PORT", str(port))
+            fails(train.main, [*QUICK, "--out", "out/new"], "use torchrun, or another port")
+    assert not Path("out/new").exists()
+
+
+@pytest.mark.parametrize("main, flag", [
+    (train.main, "--init"), (train.main, "--out"), (sample.main, "--checkpoint"), (sample.main, "--export"),
+    (prepare.main, "--name"), (prepare.main, "--tokenizer")])
+def test_a_flag_that_an_unset_variable_left_empty_is_refused(fails, checkpoint, main, flag):
+    fails(main, [flag, ""], f"argument {flag}: expected a value, not an empty text (see --help)")
+
+
 # ----------------------------------------------------------------------------------------------- streams
 
 @pytest.mark.parametrize("command, status", [
@@ -395,7 +414,16 @@ def test_the_weights_of_a_run_that_diverged_are_refused(fails, model, checkpoint
     gpt.save_checkpoint(checkpoint, model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
     fails(sample.main, ["--checkpoint", checkpoint], "cannot be used: its run diverged")
     gpt.save_checkpoint(checkpoint, model, {})
-    fails(sample.main, ["--checkpoint", checkpoint], "or it is not from train.py")
+    fails(sample.main, ["--checkpoint", checkpoint], "cannot be used: it is not from train.py")
+
+
+@pytest.mark.parametrize("flags", [[], ["--show_probs"], ["--temperature", "0"]], ids=str)
+def test_a_model_whose_logits_are_not_finite_is_refused(fails, model, checkpoint, flags):
+    with torch.no_grad():
+        model.ln_f.weight.fill_(1e38)
+        model.lm_head.weight.fill_(10)
+    gpt.save_checkpoint(checkpoint, model, {"data": {"tokenizer": "bytes", "vocabulary": ""}})
+    fails(sample.main, ["--checkpoint", checkpoint, *flags], "the model's logits are not finite: its run ")
 
 
 def test_a_run_can_be_given_by_its_folder(checkpoint, capsys):

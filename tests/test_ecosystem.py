@@ -77,6 +77,21 @@ def test_an_exported_model_comes_back_with_its_tokenizer(model, gpt2, tokenizer)
     assert sample.load_model("folder")[1] == (tokenizer, "")
 
 
+@pytest.mark.parametrize("damaged", [b"hello\n", b"\xff\xfe", b"IQ== 257\nIg== 257\n", b"IQ== 25"])
+def test_a_damaged_vocabulary_of_an_exported_model_is_called_so(model, fails, damaged):
+    sample.export(model, ("bytes", ""), "folder")
+    Path("folder/vocabulary.tiktoken").write_bytes(damaged)
+    fails(sample.main, ["--checkpoint", "folder"], "vocabulary.tiktoken is damaged: export the model again")
+
+
+def test_a_model_of_others_with_weights_that_are_not_finite_is_refused(model, data, fails):
+    with torch.no_grad():
+        model.ln_f.bias[3] = torch.nan
+    sample.export(model, ("bytes", ""), "folder")
+    fails(sample.main, ["--checkpoint", "folder"], "cannot be used: its run diverged")
+    fails(train.main, ["--init", "folder", "--data", data], "cannot be used: its run diverged")
+
+
 def test_a_model_with_a_tokenizer_of_its_own_is_refused_rather_than_read_with_gpt2s(model, gpt2, fails):
     sample.export(model, ("bytes", ""), "other")
     os.remove("other/vocabulary.tiktoken")

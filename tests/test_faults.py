@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_line(fails, data, l
     model, _ = run("--max_steps", 2)
     limit_files(300_000)        # weights alone are below it
     fails(main, [*RESUME, "--max_steps", 4],
-          "cannot read or write out/text (File too large): fix that, or choose another --out; earlier "
+          "cannot read or write out/text (File too large): fix that, or choose another folder; earlier "
           "checkpoints can still be resumed")
     last, meta = gpt.load_checkpoint("out/text/last.pt")
     assert meta["step"] == 2 and same_weights(model, last)
@@ -86,7 +86,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint_and_one_line(fails
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda model: Path("out/text/last.pt.tmp").symlink_to("/dev/full"))
         fails(main, [*QUICK, "--max_steps", 9, "--eval_interval", 3],
-              "cannot read or write out/text (No space left on device): fix that, or choose another --out")
+              "cannot read or write out/text (No space left on device): fix that, or choose another folder")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 3
     main(["--out", "out/text", "--resume"])
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 9
