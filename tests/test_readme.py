@@ -177,3 +177,18 @@ def test_each_command_of_readme_and_docs_runs(command):
     if "--export" in flags:
         pytest.importorskip("transformers")
     {"train.py": train, "prepare.py": prepare, "sample.py": sample}[program].main(flags)
+
+
+def test_the_table_of_scaling_follows_from_its_formula():
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    formula, links = {}, {"NVLink": 450e9, "InfiniBand": 8 * 50e9, "10 Gb Ethernet": 1.25e9}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], formula)
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    for link, row in zip((cells.pop(3) for cells in rows), rows, strict=True):
+        n, sequences, computation, exchange, speed, share = (
+            float(re.search(r"[\d.,]+", cell)[0].replace(",", "")) for cell in row)
+        bandwidth, length = links[link.partition(",")[0]], 512 if "CPUs" in row[0] else 1024
+        seconds = formula["step_seconds"](computation / 1e3, n, bandwidth)
+        assert n * sequences * length / seconds / 1e6 == pytest.approx(speed, rel=0.02)
+        assert computation / seconds / 10 == pytest.approx(share, abs=0.6)
+        assert 2e3 * (n - 1) / n * 4 * 124_439_808 / bandwidth == pytest.approx(exchange, rel=0.03)
