@@ -76,7 +76,7 @@ def gelu(x):
 def attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
     q and the result are (B, H, T, D), k and v (B, H, S, D): T positions look at S positions. In training,
-    S = T. In generation, S includes earlier positions, whose k and v were kept (see KVCache).
+    S = T. In generation, dropout is 0, and S includes earlier positions, whose k and v KVCache kept.
 
     Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
     on?). The dot product of a query and a key, their score, says how well they match. A softmax turns the
@@ -258,7 +258,7 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         context = ids[:, -block_size:]      # all tokens that the model may see
         unread = context                    # those of them that are not in the caches yet
-        caches = [KVCache(self, len(ids)) for _ in self.h]
+        caches = [KVCache(self, batch_size=len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
                 unread = context = context[:, -max(1, block_size // 2):]
@@ -306,7 +306,7 @@ def next_token(logits, temperature, top_k, top_p, generator):
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         probabilities, order = probabilities.sort(descending=True)
-        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0    # likelier ones sum to top_p
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0    # likelier ones reach top_p
         tokens = tokens.gather(1, order)
     choice = torch.multinomial(probabilities, 1, generator=generator)       # rescales them to sum to 1
     return tokens.gather(1, choice).squeeze(1)                              # (B, 1) -> (B,)

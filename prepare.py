@@ -5,9 +5,9 @@
     python prepare.py crawl.jsonl.gz --sample_size 100_000
     python prepare.py shakespeare --tokenizer bpe       downloads the text first, then learns a vocabulary
 
-A model computes with numbers, so text is split into pieces called tokens, and each token has a number. With
+A model computes with numbers, so text is split into parts called tokens, and each token has a number. With
 the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of them words or parts of words.
-"bpe" learns such a vocabulary from the text itself, from about the part that is for training.
+"bpe" learns such a vocabulary from the text itself (roughly, from the part that is for training).
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
 each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin and is
@@ -98,7 +98,7 @@ def learn_vocabulary(word_counts, max_tokens):
             break
         new, new_pairs = chr(len(tokens)), set()
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        for i in words_with.pop(pair):      # a word that has lost the pair since stays as it is
+        for i in words_with.pop(pair):      # if one has lost the pair since, the loops below cancel
             # Only this stretch changes: from one token before the first merge to one after the last.
             first, last = words[i].find(pair), words[i].rfind(pair)
             stretch = words[i][max(0, first - 1):last + 3]

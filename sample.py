@@ -33,7 +33,7 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, seed=1337, **options):
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     options["generator"] = torch.Generator(device).manual_seed(seed)
-    for [token] in model.generate(ids, max_new_tokens, **options):
+    for [token] in model.generate(ids, max_new_tokens, **options):      # a batch of one
         if token == tokenizer.eot_token:
             break
         yield decoder.decode(tokenizer.decode_single_token_bytes(token.item()))

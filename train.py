@@ -96,7 +96,7 @@ class Batches:
         self.sequences, self.seed, self.world = sequences, seed, world
         self.share = global_batch_size // world.size        # sequences for each rank
         sizes = range(1, min(batch_size, self.share) + 1)
-        self.micro_batch_size = max(size for size in sizes if self.share % size == 0)
+        self.micro_batch_size = max(size for size in sizes if self.share % size == 0)      # 34, 16 -> 2
 
     def __call__(self, offset):
         n, start = len(self.sequences), offset + self.world.rank * self.share
@@ -128,12 +128,12 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 def make_optimizers(name, model, weight_decay, device, dtype):
     """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]: Muon, explained
     after the loop, trains the matrices of the blocks, and AdamW the rest, with embeddings and lm_head at 4
-    times the learning rate (`update` applies lr_scale).
+    times the learning rate (which did best; `update` applies lr_scale).
 
     AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
     gradient by its running root mean square. How far a weight moves then does not depend on the scale of its
     gradient: typically about 0.2 of the learning rate. Both optimizers also shrink every matrix, embeddings
-    too, by the fraction lr * weight_decay at each step, so that weights grow only where it helps. Vectors
+    too, by lr * lr_scale * weight_decay at each step, so that weights grow only where it helps. Vectors
     (biases, LayerNorm weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -291,7 +291,7 @@ class Muon(torch.optim.Optimizer):
             if matrix not in self.state:
                 self.state[matrix]["mean"] = torch.zeros_like(matrix)
             mean = self.state[matrix]["mean"].lerp_(matrix.grad, 1 - group["momentum"])
-            direction = matrix.grad.lerp(mean, group["momentum"])   # the newest gradient once more (Nesterov)
+            direction = matrix.grad.lerp(mean, group["momentum"])   # 0.9 mean + 0.1 gradient (Nesterov)
             parts = direction.view(group["parts"], -1, matrix.shape[1])
             # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scaled to 0.2,
             # they are as large as AdamW's steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982).

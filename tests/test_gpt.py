@@ -215,7 +215,8 @@ def test_watch_sees_the_logits_that_each_token_is_drawn_from(model):
 def test_the_cache_is_allocated_once(model, monkeypatch):
     caches = []
     init = gpt.KVCache.__init__
-    monkeypatch.setattr(gpt.KVCache, "__init__", lambda cache, *a: caches.append(cache) or init(cache, *a))
+    monkeypatch.setattr(gpt.KVCache, "__init__", lambda cache, *args, **options: caches.append(
+        cache) or init(cache, *args, **options))
     pointers = {(cache.keys.data_ptr(), cache.values.data_ptr())
                 for _ in model.generate(random_ids(model.config, 1, 3), 40) for cache in caches}
     assert len(caches) == len(pointers) == model.config.n_layer
