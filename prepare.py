@@ -324,7 +324,7 @@ def walk(path, seen):
         yield path
     elif path.is_dir() and (real := path.resolve()) not in seen:
         seen.add(real)
-        for entry in sorted(path.iterdir()):
+        for entry in sorted(path.iterdir()):        # of two links to a folder, always enters the same
             if not entry.name.startswith("."):
                 yield from walk(entry, seen)
 
@@ -440,7 +440,7 @@ FORMAT = 3      # version of its files
 @contextmanager
 def new_folder(folder):
     """Yields an empty folder inside `folder`. At the end, its files move up into `folder`, meta.json last.
-    If an exception comes before that, `folder` is as it was before."""
+    If an exception comes before that, `folder` is as it was before, or removed if it would be empty."""
     new = folder / ".unfinished"
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process

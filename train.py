@@ -246,7 +246,7 @@ def train(run, told_to_stop):
     """The training loop. told_to_stop() is true after Ctrl-C, for example."""
     args, world, state = run.args, run.world, run.state
     while True:
-        # Evaluates the last step. This comes first, so that a resumed run makes up an evaluation it missed.
+        # Evaluates the steps so far. First in the loop, so that a resumed run makes up a missed evaluation.
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
             evaluate_and_save(run)
         if state.step >= run.total_steps:
