@@ -88,8 +88,7 @@ def attention(q, k, v, dropout):
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
     minus infinity, which the softmax turns into a weight of 0. Left: 3 positions. Right: 1 new position
-    after 3 earlier ones. fused_attention, the kernel that runs by default, gets the left mask from
-    is_causal=True, and needs none on the right, where nothing is hidden.
+    after 3 earlier ones, from which nothing is hidden.
 
                     key 0  1  2                           key 0  1  2  3
         query 0         .  x  x            query 3            .  .  .  .
@@ -98,16 +97,16 @@ def attention(q, k, v, dropout):
     """
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                         # (B, H, T, D) -> (B, H, T, S)
-    # Query i is at position i + S - T. Keys after that position get -inf, all others keep 0.
-    mask = torch.full((T, S), -math.inf, dtype=scores.dtype, device=q.device).triu(S - T + 1)
-    weights = (scores + mask).softmax(-1)
+    key = torch.arange(S, device=q.device)      # the positions of the keys,
+    query = key[S - T:].unsqueeze(1)            # and of the queries, which are the last T of them: (T, 1)
+    weights = scores.masked_fill(key > query, -math.inf).softmax(-1)
     return F.dropout(weights, dropout) @ v                                  # (B, H, T, S) -> (B, H, T, D)
 
 
 def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
-    bits). x is (B, T, C), targets (B, T), and weight is lm_head's, which may have more than V rows. It
-    takes no logits, as chunked_cross_entropy, which runs by default, never holds all of them at once."""
+    bits). targets are (B, T), x (B, T, C) is the output of ln_f, and weight is lm_head's. The logits are
+    made here rather than passed in, because the kernel makes them a part at a time."""
     logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
@@ -214,7 +213,7 @@ class GPT(nn.Module):
         """Matrices are drawn from a normal distribution with standard deviation 0.02; biases start at 0. The
         2 * n_layer layers that add to the residual stream start smaller, so that their sum does not grow with
         depth. The first logits are small: every token has a probability of about 1 / V, so the first loss is
-        close to -ln(1 / V) = ln V. For GPT-2, ln V is 10.8, and the loss 10.9. If not, look for a bug."""
+        close to -ln(1 / V) = ln V. For GPT-2, ln V is 10.8, and the loss 11.0. If not, look for a bug."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 n_added = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
@@ -256,12 +255,11 @@ class GPT(nn.Module):
         block_size / 2 tokens are read again, as positions 0, 1, 2 and so on. Dropping just the oldest token
         would move all others down one position, and so change all their keys and values, at each token."""
         block_size = self.config.block_size
-        context = ids[:, -block_size:]      # all tokens that the model may see
-        unread = context                    # those of them that are not in the caches yet
+        unread = ids[:, -block_size:]       # the tokens that are not in the caches yet
         caches = [KVCache(self, batch_size=len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
-                unread = context = context[:, -max(1, block_size // 2):]
+                unread = ids[:, -max(1, block_size // 2):]
                 for cache in caches:
                     cache.length = 0
             logits = self.logits(self.hidden(unread, caches)[:, -1]).float()    # (B, T) -> (B, C) -> (B, V)
@@ -269,7 +267,7 @@ class GPT(nn.Module):
             next_ids = next_token(logits, temperature, top_k, top_p, generator)
             yield next_ids
             unread = next_ids.unsqueeze(1)                                  # (B,) -> (B, 1)
-            context = torch.cat([context, unread], dim=1)[:, -block_size:]
+            ids = torch.cat([ids, unread], dim=1)[:, -block_size:]
 
 
 # --------------------------------------------------------------------------------- generation
@@ -300,14 +298,12 @@ def next_token(logits, temperature, top_k, top_p, generator):
     if temperature < 1e-9:      # 0, or too small to divide by in float32
         return logits.argmax(-1)
     logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: cannot overflow
-    tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
-    if top_k is not None:
-        logits, tokens = logits.topk(min(top_k, logits.shape[1]))           # (B, V) -> (B, k)
+    V = logits.shape[1]
+    k = V if top_k is None else min(top_k, V)
+    logits, tokens = logits.topk(k)     # (B, V) -> (B, k), from the likeliest down
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        probabilities, order = probabilities.sort(descending=True)
         probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0    # likelier ones reach top_p
-        tokens = tokens.gather(1, order)
     choice = torch.multinomial(probabilities, 1, generator=generator)       # rescales them to sum to 1
     return tokens.gather(1, choice).squeeze(1)                              # (B, 1) -> (B,)
 

@@ -52,17 +52,6 @@ TOKEN = np.dtype("<u2")         # a token on disk: little-endian uint16
 
 # --------------------------------------------------------------------------------- tokenizers
 
-# How "bpe" splits text into words. Marks (\p{M}) stay with their letters (\p{L}), because Hindi, Thai and
-# Tamil write many vowels as marks. docs/benchmarks.md compares this pattern with others.
-WORD = "|".join([
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
-    r" ?\p{N}{1,3}",                              # up to three digits
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
-    r"\s+(?!\S)",                                 # white space, except the last space before a word
-    r"\s+",
-])
-
-
 def learn_vocabulary(word_counts, max_tokens):
     """Byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909). word_counts maps each word
     (bytes) to how often it occurs. Returns the tokens, a list of bytes; a token's number is its index.
@@ -86,7 +75,7 @@ def learn_vocabulary(word_counts, max_tokens):
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapify(heap)       # heappop then quickly finds the smallest entry, which is the most frequent pair
     tokens = [bytes([i]) for i in range(256)]
-    while heap and len(tokens) < max_tokens:
+    while len(tokens) < max_tokens and heap and heap[0][0] < -1:        # while some pair occurs twice
         negative_count, pair = heappop(heap)
         count = pair_counts[pair]
         # A merge updates pair_counts, but not the heap, so this entry may be out of date. If so, its count is
@@ -94,11 +83,11 @@ def learn_vocabulary(word_counts, max_tokens):
         if -negative_count > count:
             heappush(heap, (-count, pair))
             continue
-        if count < 2:
-            break
         new, new_pairs = chr(len(tokens)), set()
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        for i in words_with.pop(pair):      # if one has lost the pair since, the loops below cancel
+        for i in words_with.pop(pair):
+            if pair not in words[i]:        # an earlier merge took one of its tokens
+                continue
             # Only this stretch changes: from one token before the first merge to one after the last.
             first, last = words[i].find(pair), words[i].rfind(pair)
             stretch = words[i][max(0, first - 1):last + 3]
@@ -120,12 +109,26 @@ def pairs(word):
     return [word[i:i + 2] for i in range(len(word) - 1)]
 
 
+# What a word is for "bpe": regex.findall(WORD, "def f(x):") gives "def", " f", "(x", "):". choose_tokenizer
+# counts them. Marks (\p{M}) stay with their letters (\p{L}), as Hindi, Thai and Tamil write many vowels as
+# marks. docs/benchmarks.md compares this pattern with others.
+WORD = "|".join([
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
+    r" ?\p{N}{1,3}",                              # up to three digits
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
+    r"\s+(?!\S)",                                 # white space, except the last space before a word
+    r"\s+",
+])
+
+
 def tokenizer_parts(name, vocabulary=""):
     """Returns the arguments of tiktoken.Encoding, OpenAI's fast encoder, for "gpt2", "bytes" or "bpe". For
     "bpe", vocabulary is text in tiktoken's format: a line per token, with its bytes in base 64 and its rank.
 
     pat_str is the regular expression that splits text into words (for "bytes", into characters). A token's
-    rank is its number: lower ranks are merged first. special_tokens are never merged."""
+    rank is its number. To encode a word, tiktoken starts with its bytes. As long as two neighbours together
+    are a token, it merges those whose token has the lowest rank: as in learning, the most frequent first.
+    special_tokens are never merged."""
     if name == "gpt2":
         return gpt2_parts()
     ranks = {bytes([i]): i for i in range(256)}

@@ -1,4 +1,4 @@
-"""From weights and a prompt to text: prints the continuation as it is generated, character by character.
+"""From weights and a prompt to text: prints the continuation token by token, as it is generated.
 
     python sample.py --prompt "def"                                     uses the newest run in out/
     python sample.py --prompt "def" --num_samples 3

@@ -12,10 +12,10 @@ there are (world.size), and its device; world.sum(a, b) returns two sums over al
 learns from one global batch of sequences. Each rank takes an equal part of it, in micro-batches of at most
 --batch_size sequences, so that they fit into memory. Then all ranks update their weights identically.
 
-last.pt is written before each evaluation, every ten minutes, and when the run ends or is stopped: first to a
-temporary file, which then replaces the old last.pt. If the machine dies meanwhile, the old one is intact. A
-run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on one kind
-of CPU): a step depends only on flags, data, last.pt and the number of ranks. Left out: sharded models.
+last.pt is written before each evaluation, at least every ten minutes, and when the run ends or is stopped:
+first to a temporary file, which then replaces it. If the machine dies meanwhile, the old one is intact. A run
+that is stopped and resumed computes exactly what it would have without the stop (bit for bit on one kind of
+CPU): a step depends only on flags, data, last.pt and the number of ranks. Left out: sharded models.
 """
 
 import argparse
@@ -82,21 +82,22 @@ def epoch_order(n, seed, epoch):
 
 class Batches:
     """Imagine the shuffled orders of all epochs in one long list. Each step takes the next global_batch_size
-    sequences of it, and each rank an equal part of those. With two ranks:
+    sequences of it, and each rank an equal share of those. With two ranks:
 
         | rank 0 | rank 1 | rank 0 | rank 1 | rank 0 | ...
         |     step 0      |     step 1      |     step 2
 
-    batches(offset) is this rank's part of the step that begins at that offset of the list: micro-batches
-    (inputs, targets) of equal size, the largest up to batch_size that divides the part. What a step reads
-    depends on offset and global_batch_size, not on how many ranks and micro-batches share the work. By
-    default, nano's global_batch_size is 32, that of others batch_size times the number of ranks."""
+    batches(offset) is this rank's share of the step that begins at that offset of the list: micro-batches
+    (inputs, targets) of equal size, the largest up to batch_size that divides the share (10, if that is
+    40 and batch_size 16). What a step reads depends on offset and global_batch_size, not on how many ranks
+    and micro-batches share the work. By default, nano's global_batch_size is 32, others' is batch_size times
+    the number of ranks."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
         self.share = global_batch_size // world.size        # sequences for each rank
         sizes = range(1, min(batch_size, self.share) + 1)
-        self.micro_batch_size = max(size for size in sizes if self.share % size == 0)      # 34, 16 -> 2
+        self.micro_batch_size = max(size for size in sizes if self.share % size == 0)
 
     def __call__(self, offset):
         n, start = len(self.sequences), offset + self.world.rank * self.share
@@ -114,7 +115,7 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
         linear      straight down (the default)
         cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
-        trapezoid   at the peak for 60% of the steps after the warm-up, then straight down (nano's default)
+        trapezoid   at the peak for 60% of the remaining steps, then straight down (WSD, nano's default)
     """
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
@@ -126,40 +127,40 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]: Muon, explained
-    after the loop, trains the matrices of the blocks, and AdamW the rest, with embeddings and lm_head at 4
-    times the learning rate (which did best; `update` applies lr_scale).
+    """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]. Then Muon,
+    explained after the loop, trains the matrices of the blocks. AdamW (Loshchilov and Hutter 2017,
+    https://arxiv.org/abs/1711.05101) divides a running mean of the gradient by its running root mean square.
+    How far a weight moves then does not depend on the scale of its gradient: typically about 0.2 of the
+    learning rate.
 
-    AdamW (Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101) divides a running mean of the
-    gradient by its running root mean square. How far a weight moves then does not depend on the scale of its
-    gradient: typically about 0.2 of the learning rate. Both optimizers also shrink every matrix, embeddings
-    too, by lr * lr_scale * weight_decay at each step, so that weights grow only where it helps. Vectors
-    (biases, LayerNorm weights) do not decay: they are few, and a LayerNorm weight of 0 mutes its channel."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    Both also shrink every matrix a little at each step, embeddings too, by the learning rate times
+    weight_decay, so that weights grow only where it helps. Vectors (biases, LayerNorm weights) do not decay:
+    they are few, and a LayerNorm weight of 0 mutes its channel."""
+    matrices = {path: p for path, p in model.named_parameters() if p.dim() >= 2}
     vectors = [p for p in model.parameters() if p.dim() < 2]
-
-    def adamw(decayed, lr_scale):
-        groups = [{"params": decayed, "weight_decay": weight_decay, "lr_scale": lr_scale},
-                  {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
-
-    if name == "adamw":
-        return [adamw(matrices, lr_scale=1)]
-    in_blocks = set(model.h.parameters())
-    groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}      # Q, K and V stacked
-              for path, p in model.h.named_parameters() if p.dim() >= 2]
-    return [adamw([p for p in matrices if p not in in_blocks], lr_scale=4), Muon(groups, weight_decay, dtype)]
+    for_muon = {path: p for path, p in matrices.items() if name == "muon" and path.startswith("h.")}
+    for_adamw = [p for path, p in matrices.items() if path not in for_muon]
+    # Beside Muon, embeddings and lm_head did best at 4 times the learning rate. `update` applies lr_scale.
+    groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))]
+    if for_muon:
+        # c_attn holds three matrices, for Q, K and V, one above the other. Muon treats each on its own.
+        groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}
+                  for path, p in for_muon.items()]
+        optimizers.append(Muon(groups, weight_decay, dtype))
+    return optimizers
 
 
 # --------------------------------------------------------------------------------- one step
 
 def backward(model, micro_batches, scaler, autocast):
-    """Accumulates in .grad the gradient of the mean loss over all micro-batches and ranks, times the loss
-    scale. Returns this rank's mean loss.
+    """Leaves in .grad the gradient of the mean loss over the whole global batch (in float16 times the loss
+    scale, explained below). Returns this rank's mean loss.
 
     With several ranks, model is wrapped in DDP (PyTorch's DistributedDataParallel). At the start it copies
-    the weights of rank 0 to all ranks; once per step it averages their gradients. With the same weights,
-    gradients and state of the optimizers (none, or that of last.pt), all ranks keep the same weights."""
+    the weights of rank 0 to all ranks; once per step it averages their gradients. So all ranks begin with the
+    same weights, take the same steps, and stay equal."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
         # Each rank adds up the gradients of its micro-batches. In the last backward pass, DDP averages these
@@ -246,7 +247,7 @@ def train(run, told_to_stop):
     """The training loop. told_to_stop() is true after Ctrl-C, for example."""
     args, world, state = run.args, run.world, run.state
     while True:
-        # Evaluates the steps so far. First in the loop, so that a resumed run makes up a missed evaluation.
+        # First in the loop, as last.pt is saved before an evaluation: a run killed during it evaluates again.
         if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
             evaluate_and_save(run)
         if state.step >= run.total_steps:
@@ -275,10 +276,10 @@ def train(run, told_to_stop):
 
 class Muon(torch.optim.Optimizer):
     """Like AdamW, keeps a running mean of the gradient, but then evens out the directions of a whole matrix
-    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Every matrix is a rotation, a stretch
-    along some axes, and another rotation: U S V^T. A gradient stretches a few axes far more than the others,
-    and they would dominate the step. So Muon steps against U V^T, the nearest orthogonal matrix, which has no
-    stretch: the weak directions learn as fast as the strong ones."""
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Every matrix is a rotation V^T, a stretch
+    along each axis, S, and a rotation U: it is U S V^T, its singular value decomposition. A gradient
+    stretches a few axes far more than the others, and they would dominate the step. So Muon steps against
+    U V^T, the nearest matrix without any stretch: the weak directions learn as fast as the strong ones."""
 
     def __init__(self, groups, weight_decay, dtype):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
@@ -287,7 +288,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            [matrix] = group["params"]      # one matrix, or several stacked vertically ("parts")
+            [matrix] = group["params"]
             if matrix not in self.state:
                 self.state[matrix]["mean"] = torch.zeros_like(matrix)
             mean = self.state[matrix]["mean"].lerp_(matrix.grad, 1 - group["momentum"])
@@ -301,13 +302,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x, dtype):
-    """Turns each of N matrices, U S V^T, into roughly U V^T, without computing U, S and V, which is slow. S
-    is diagonal: its entries s say how far each axis is stretched. In x x^T x = U S (V^T V) S (U^T U) S V^T,
-    the inner rotations cancel (V^T V = U^T U = 1), which leaves U S^3 V^T. In the same way, the polynomial
-    a x + b x x^T x + c x x^T x x^T x only replaces each s by a s + b s^3 + c s^5. Jordan et al. chose a, b
-    and c (3.4445, -4.7750, 2.0315) so that five rounds take any s between 0.01 and 1 to between 0.68 and
-    1.14. For example, 0.1 becomes 0.34, 0.99, 0.71, 1.11, 0.71. All axes are then stretched about equally.
-    x and the result are (N, rows, columns)."""
+    """Turns each of N matrices, U S V^T, into roughly U V^T. x and the result are (N, rows, columns).
+
+    Computing U, S and V would be slow. But a rotation times its transpose is 1, so the inner ones cancel in
+    x x^T x = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T. This cubes each stretch s, and keeps U and V. In the
+    same way, a x + b x x^T x + c x x^T x x^T x only turns each s into a s + b s^3 + c s^5. Jordan et al.
+    chose a, b and c so that five rounds take any s between 0.01 and 1 to between 0.68 and 1.14: for example,
+    0.1 becomes 0.34, 0.99, 0.71, 1.11, 0.71. All axes are then stretched about equally."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, dtype).mT        # x x^T is smaller when x is transposed
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # norm^2 = sum of s^2: now s <= 1
