@@ -303,7 +303,8 @@ def next_token(logits, temperature, top_k, top_p, generator):
     logits, tokens = logits.topk(k)     # (B, V) -> (B, k), from the likeliest down
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0    # likelier ones reach top_p
+        reached = probabilities.cumsum(-1) >= top_p
+        probabilities[:, 1:][reached[:, :-1]] = 0       # those before it are enough
     choice = torch.multinomial(probabilities, 1, generator=generator)       # rescales them to sum to 1
     return tokens.gather(1, choice).squeeze(1)                              # (B, 1) -> (B,)
 
@@ -435,7 +436,8 @@ def load_checkpoint(path):
     except PermissionError:
         raise
     except Exception as error:          # anything else means a bad file (or too little memory)
-        raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program") from error
+        raise ModelError(f"{path} is damaged, cut short, or not a checkpoint of this program: use another "
+                         "one") from error
 
 
 # ------------------------------------------------------------------------------- Hugging Face

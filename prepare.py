@@ -35,7 +35,7 @@ import urllib.request
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import chain, cycle, islice
@@ -210,7 +210,7 @@ def gpt2_parts():
         return tiktoken_ext.openai_public.gpt2()
     except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
         raise UserError("the vocabulary of gpt2 could not be downloaded: set TIKTOKEN_CACHE_DIR to a folder "
-                        "that has it, or use --tokenizer bpe, which needs no download") from error
+                        "that has it, or use --tokenizer bpe in prepare.py, which needs none") from error
 
 
 def choose_tokenizer(name, vocab_size, pieces, val_fraction):
@@ -225,7 +225,7 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
         first.append(piece)
         size += len(piece[0])
         if size >= LEARN_FROM:
-            print(f"learning the vocabulary from the first {size:,} characters", file=sys.stderr)
+            note(f"learning the vocabulary from the first {size:,} characters")
             break
     word_counts, left = Counter(), size * (1 - val_fraction)        # the rest is for validation
     for text, _ in first:
@@ -238,8 +238,7 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
             words[word[i:i + length].encode()] += n
     tokens = learn_vocabulary(dict(words.most_common(LEARN_FROM_WORDS)), vocab_size - 1)
     if len(tokens) < vocab_size - 1:
-        print(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens",
-              file=sys.stderr)
+        note(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens")
     return name, vocabulary_text({token: i for i, token in enumerate(tokens)}), chain(first, pieces)
 
 
@@ -295,9 +294,11 @@ def find_files(source, folder):
     """Returns the files that a SOURCE stands for, sorted. Downloads go into the folder. A dataset on the Hub
     is returned unchanged, as a string. Raises UserError if there are none."""
     if source in ("python", *NAMED_SOURCES) and os.path.exists(source):
-        print(f"{source} is a built-in source: write ./{source} for a file or folder", file=sys.stderr)
+        note(f"{source} is a built-in source: write ./{source} for a file or folder")
     source = str(NAMED_SOURCES.get(source, source))
     if source.startswith("hf:"):
+        if os.path.exists(source[3:]):      # the library would read it, in its own way
+            raise UserError(f"{source[3:]} is a file or folder here: leave out hf:, or rename it")
         return [source]
     if source == "python":
         root = Path(sysconfig.get_path("stdlib"))
@@ -311,21 +312,22 @@ def find_files(source, folder):
     else:
         raise UserError(f"there is no {source}: a SOURCE is a file, a folder, a URL, hf:OWNER/NAME, "
                         f"{', '.join(NAMED_SOURCES)} or python")
-    taken = sorted(file for file in files if file.name.lower().endswith(SUFFIXES))
+    taken = sorted(file for file in files
+                   if file.name.lower().endswith(SUFFIXES) and (is_url or file.exists()))
     if not taken:
         raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)})")
     if others := set(files) - set(taken):
-        print(f"{source}: {len(taken)} files; skipping {len(others)} others, which end in "
-              f"{', '.join(sorted({file.suffix or 'nothing' for file in others}))}", file=sys.stderr)
+        kinds = {file.suffix or "no ending" if file.exists() else "broken links" for file in others}
+        note(f"{source}: {len(taken)} files; skipping {len(others)} others ({', '.join(sorted(kinds))})")
     return [download(source, folder)] if is_url else taken
 
 
 def walk(path, seen):
     """Yields a file, or all files in a folder and its subfolders, except hidden ones. Follows links, but
     enters no folder twice: `seen` has their real paths."""
-    if path.is_file():
+    if not path.is_dir():
         yield path
-    elif path.is_dir() and (real := path.resolve()) not in seen:
+    elif (real := path.resolve()) not in seen:
         seen.add(real)
         for entry in sorted(path.iterdir()):        # of two links to a folder, always enters the same
             if not entry.name.startswith("."):
@@ -335,7 +337,7 @@ def walk(path, seen):
 def download(url, folder):
     """Downloads a file into a folder and returns its path. Raises UserError if that fails."""
     path = Path(tempfile.mkdtemp(dir=folder), os.path.basename(url.partition("?")[0]))
-    print(f"downloading {url}", file=sys.stderr)
+    note(f"downloading {url}")
     try:
         urllib.request.urlretrieve(url, path)
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -357,10 +359,10 @@ def read_pieces(files, sample_size):
         if n_documents == sample_size:
             break
         if time.monotonic() > last + 10:
-            print(f"{n_documents:,} documents, reading {path}", file=sys.stderr)
+            note(f"{n_documents:,} documents, reading {path}")
             last = time.monotonic()
     if n_nulls:
-        print(f"skipped {n_nulls:,} documents whose text is null", file=sys.stderr)
+        note(f"skipped {n_nulls:,} documents whose text is null")
 
 
 def read_file(path):
@@ -402,7 +404,7 @@ def json_rows(lines, path):
         try:
             yield json.loads(line) if line.strip() else {"text": ""}
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON") from error
+            raise UserError(f"{path}, line {number} is not JSON: each line must be an object") from error
 
 
 def table_rows(source):
@@ -442,17 +444,24 @@ FORMAT = 3      # version of its files
 
 @contextmanager
 def new_folder(folder):
-    """Yields an empty folder inside `folder`. At the end, its files move up into `folder`, meta.json last.
-    If an exception comes before that, `folder` is as it was before, or removed if it would be empty."""
+    """Yields an empty folder inside `folder`. At the end, its files replace those in `folder`: the old
+    meta.json goes first, the new one comes last. After an exception, `folder` is as it was before, or removed
+    if it would be empty."""
     new = folder / ".unfinished"
     with held(folder):
         shutil.rmtree(new, ignore_errors=True)      # left by a killed process
         try:
-            new.mkdir()
+            (new / "old").mkdir(parents=True)
             yield new
-            (folder / "meta.json").unlink(missing_ok=True)
-            for name in ("vocabulary.tiktoken", "train.bin", "val.bin", "meta.json"):
-                os.replace(new / name, folder / name)
+            names = ("vocabulary.tiktoken", "train.bin", "val.bin", "meta.json")
+            moves = [(folder / name, new / "old" / name) for name in reversed(names)]
+            moves += [(new / name, folder / name) for name in names]
+            with ExitStack() as undo:
+                for source, target in moves:
+                    if source.exists():
+                        os.replace(source, target)
+                        undo.callback(os.replace, target, source)
+                undo.pop_all()      # all went well: nothing to undo
         finally:
             shutil.rmtree(new, ignore_errors=True)
             if os.listdir(folder) == [".lock"]:     # nothing else was in it, or came into it
@@ -572,13 +581,15 @@ def one_line_errors(*kinds, out_of_memory):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        note("interrupted")
         raise SystemExit(130) from None
     except Exception as error:
         message, root = str(error), error.__cause__ or error
         if isinstance(error, ModuleNotFoundError) and error.name:
             package = error.name.partition(".")[0]
             message = f"this needs the package {package}: pip install {package}"
+        elif isinstance(error, ImportError):
+            message = f"a package cannot be imported ({message}): install another version of it"
         elif isinstance(root, MemoryError) or (isinstance(root, RuntimeError) and (
                 "out of memory" in str(root) or "allocate memory" in str(root))):
             message = f"out of memory: {out_of_memory}"
@@ -586,8 +597,14 @@ def one_line_errors(*kinds, out_of_memory):
             message = f"cannot read or write {error.filename or 'a file'} ({error.strerror}): fix that first"
         elif not isinstance(error, (UserError, OSError, *kinds)):
             raise
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")       # one line, whatever it quotes
+        note(f"error: {' '.join(message.split())}")     # one line, whatever it quotes
         raise SystemExit(2) from error
+
+
+def note(text):
+    """Prints a line to stderr, which may be full, or its reader gone: that ends nothing."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def on_ending_signals(handler=signal.default_int_handler):
@@ -644,7 +661,7 @@ def main(argv=None):
         raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
     if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
         raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
-    if ".." in folder.parts or folder.parts[0] != "data" or folder == Path("data"):
+    if folder.parts[0] != "data" or len(folder.parts) == 1 or any(part[0] == "." for part in folder.parts):
         raise UserError(f"--name must be the name of a folder in data, not {folder}")
     if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:
         raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "

@@ -11,7 +11,6 @@ How the next token is chosen is in gpt.py (GPT.generate and next_token). Left ou
 import codecs
 import io
 import os
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +18,9 @@ from pathlib import Path
 import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint
-from prepare import Parser, UserError, at_least_0, checked, get_tokenizer, on_ending_signals, one_line_errors
-from prepare import in_colour, positive_int, read_text, seed_int, token_text, tokenizer_parts, vocabulary_text
+from prepare import Parser, UserError, at_least_0, checked, get_tokenizer, in_colour, note, on_ending_signals
+from prepare import one_line_errors, positive_int, read_text, seed_int, token_text, tokenizer_parts
+from prepare import vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, seed=1337, **options):
@@ -211,7 +211,7 @@ def main(argv=None):
     if not checkpoint:
         raise UserError("there is no checkpoint in out/: run train.py first, or pass one with --checkpoint")
     if not args.checkpoint:
-        print(f"sampling from {checkpoint}", file=sys.stderr)
+        note(f"sampling from {checkpoint}")
     model, tokenizer = load_model(checkpoint)
     if args.export and os.path.exists(args.export):
         raise UserError(f"{args.export} already exists: choose another folder")
@@ -222,8 +222,7 @@ def main(argv=None):
     tokenizer = get_tokenizer(*tokenizer)
     length, block_size = len(encode_prompt(tokenizer, args.prompt)), model.config.block_size
     if length > block_size:
-        print(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}",
-              file=sys.stderr)
+        note(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}")
     model = model.to(device, dtype)
     if not model(torch.zeros(1, 1, dtype=torch.int64, device=device)).isfinite().all():
         raise UserError("the model's logits are not finite: its run diverged, or try --dtype float32")

@@ -486,6 +486,8 @@ def set_up(args, world, dtype, saved):
         args.max_steps = max(1, round(60 * args.minutes / seconds_per_step(run)))
     left = math.ceil(((args.epochs or 0) * len(sequences) - run.state.offset) / args.global_batch_size)
     run.total_steps = args.max_steps or run.state.step + max(0, left)
+    epochs = run.total_steps * args.global_batch_size / len(sequences)
+    args.keep_epochs = args.keep_epochs or max(4, math.ceil(epochs / 20))
     return run
 
 
@@ -605,7 +607,8 @@ def restore(run, meta):
     then, now = meta["args"], vars(run.args)
     for name in (*SIZES, "model", "init", "stride", "seed", "optimizer"):
         if then[name] != now[name]:
-            raise UserError(f"cannot resume: {name} was {then[name]} in that run, but is {now[name]} now")
+            raise UserError(f"cannot resume: {name} was {then[name]} in that run, but is {now[name]} now: "
+                            f"leave out --{name}, or choose another --out")
     for optimizer, state in zip(run.optimizers, meta["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if run.scaler.is_enabled() and meta["scaler"]:
@@ -626,7 +629,7 @@ def describe(run, dtype):
         f"{args.block_size} tokens\n"
         f"each step: {run.world.size} processes x {batches.share // batches.micro_batch_size} micro-batches "
         f"x {batches.micro_batch_size} sequences = {tokens_per_step:,} tokens\n"
-        f"{run.total_steps:,} steps, {epochs:.2f} epochs" + (f", {done:,} of them done" if done else ""))
+        f"{run.total_steps:,} steps, {epochs:.2f} epochs{f', {done:,} of them done' if args.resume else ''}")
     if done >= run.total_steps:
         run.world.print("all steps are done: raise --max_steps or --epochs to train further")
     if args.dry_run:
@@ -658,8 +661,8 @@ class Log:
         if run.world.rank == 0 and self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             self.path.open("a").write("\n")     # a killed run left half a row
         if run.world.rank == 0 and run.args.wandb:
-            import wandb
-            with self.optional("wandb"):
+            with self.optional("wandb", unless=ModuleNotFoundError):
+                import wandb
                 self.tracker = wandb.init(project="smallgpt", name=self.path.parent.name,
                                           config=vars(run.args), dir=run.args.out)
         self.append(started_at_step=run.state.step, args=vars(run.args), commit=commit(),
@@ -693,10 +696,12 @@ class Log:
         return row
 
     @contextmanager
-    def optional(self, name):
+    def optional(self, name, unless=()):
         """For extras that training does not need: the first failure is reported, and training continues."""
         try:
             yield
+        except unless:
+            raise
         except Exception as error:
             if name not in self.failed:
                 self.run.world.print(f"warning: skipping {name} ({type(error).__name__}: {error})")
@@ -707,7 +712,7 @@ def commit():
     """Returns the commit of this code, with "-dirty" if it was changed since, or None outside git."""
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode(errors="replace").strip()
 
 
 def show_sample_and_curves(run):
@@ -798,7 +803,8 @@ def make_parser():
     add("--eval_sequences", type=positive_int, default=2048,
         help="maximum validation sequences per evaluation; the final evaluation uses all")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
-    add("--keep_epochs", type=positive_int, default=4, help="keep a checkpoint every N epochs", metavar="N")
+    add("--keep_epochs", type=positive_int, metavar="N",
+        help="keep a checkpoint every N epochs (default: 4, but no more than 20 checkpoints)")
     add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest that the device has hardware for)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train with torch.compile")
@@ -820,12 +826,14 @@ def parse_args(argv):
     if last.exists() and given.resume:
         saved = load_checkpoint(last)
         if any(name not in saved[1] for name in ("args", "data", "optimizers", "scaler", *asdict(State()))):
-            raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run")
+            raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run. Start from it "
+                            "with --init")
         defaults = {**saved[1]["args"], "device": None, "dry_run": False, "max_minutes": None}
     elif (checkpoints := sorted(Path(out).glob("*.pt"))) and not given.dry_run:
         load_meta(given.data)       # a mistake in --data is reported first
         if last in checkpoints:
-            raise UserError(f"{last} is from an earlier run: add --resume, or choose another --out")
+            problem = "a broken link: repair it" if given.resume else "from an earlier run: add --resume"
+            raise UserError(f"{last} is {problem}, or choose another --out")
         raise UserError(f"{checkpoints[0]} is from an earlier run: there is no last.pt to resume, so choose "
                         "another --out")
     elif given.init:
@@ -856,7 +864,7 @@ def main(argv=None):
         run = set_up(args, world, dtype, saved)
         del saved       # its memory is no longer needed
         describe(run, dtype)
-        if args.dry_run:
+        if args.dry_run or run.state.step > run.total_steps:
             return
         with held(args.out) if world.rank == 0 else nullcontext():
             if written != (last.exists() and last.stat().st_mtime_ns):

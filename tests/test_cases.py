@@ -52,6 +52,24 @@ def test_a_backend_of_matplotlib_that_is_missing_does_not_end_a_run(data):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
+@pytest.mark.usefixtures("bare")
+def test_what_git_or_a_tracker_cannot_do_does_not_end_a_run(data, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "check_output", lambda *args, **options: "vé".encode("latin-1"))
+    Path("wandb.py").write_text("raise TypeError('Descriptors cannot be created directly')")
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert run("--max_steps", 1, "--wandb")[1]["step"] == 1
+    assert "warning: skipping wandb (TypeError: Descriptors cannot be" in capsys.readouterr().out
+
+
+def test_a_package_that_is_broken_is_reported_in_one_line(fails, checkpoint, monkeypatch):
+    Path("transformers.py").write_text("raise ImportError('tokenizers>=0.22 is required')")
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    fails(sample.main, ["--export", "exported", "--checkpoint", checkpoint],
+          "a package cannot be imported (tokenizers>=0.22 is required)")
+
+
 @pytest.mark.parametrize("name", ["init", "log"])
 @pytest.mark.usefixtures("bare")
 def test_a_tracker_that_fails_does_not_end_a_run(data, monkeypatch, capsys, name):
@@ -112,7 +130,27 @@ def test_data_are_not_overwritten_unless_that_is_asked_for(fails):
     assert documents("data/books") == ["books/a.txt"]
 
 
-@pytest.mark.parametrize("name", ["..", "../corpus", ".", "a/../../corpus"])
+@pytest.mark.parametrize("n_moves", range(8))
+def test_old_data_stay_whole_where_new_data_cannot_take_their_place(fails, monkeypatch, n_moves):
+    Path("a.txt").write_text("old")
+    prepare.main(["a.txt", "--tokenizer", "bytes"])
+    before = {path.name: path.read_bytes() for path in Path("data/a").iterdir()}
+    replace, moved = os.replace, []
+
+    def limited(source, target):
+        if len(moved) == n_moves:
+            moved.append("failed")
+            raise PermissionError(1, "Operation not permitted", str(target))
+        moved.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", limited)
+    Path("a.txt").write_text("new")
+    fails(prepare.main, ["a.txt", "--tokenizer", "bytes", "--overwrite"], "Operation not permitted")
+    assert {path.name: path.read_bytes() for path in Path("data/a").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["..", "../corpus", ".", "a/../../corpus", "a/.unfinished"])
 def test_a_name_leads_nowhere_but_into_data(fails, name):
     Path("corpus").mkdir()
     Path("corpus/a.txt").write_text("precious")
@@ -197,7 +235,12 @@ def test_linked_folders_are_read_once_hidden_ones_not_and_what_is_left_out_is_sa
     Path("books/dangling.txt").symlink_to("nowhere.txt")
     prepare.prepare(["books"], "data/books", "bytes")
     assert documents("data/books") == ["books/a.txt", "elsewhere/d.txt"]
-    assert "books: 2 files; skipping 2 others, which end in .md" in capsys.readouterr().err
+    assert "books: 2 files; skipping 3 others (.md, broken links)" in capsys.readouterr().err
+
+
+def test_a_dataset_of_the_hub_is_not_taken_for_a_folder_of_that_name(fails):
+    Path("my/corpus").mkdir(parents=True)
+    fails(prepare.main, ["hf:my/corpus", "--tokenizer", "bytes"], "my/corpus is a file or folder here: leave")
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2", "bpe"])
@@ -385,6 +428,16 @@ def test_a_reader_that_goes_away_ends_it_quietly(checkpoint, command, status):
 def test_streams_may_be_closed_from_the_beginning(data, checkpoint, command):
     assert shell(command).returncode == 0
     assert "train.py" not in command or gpt.load_checkpoint("new/last.pt")[1]["step"] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", [
+    "PYTHON prepare.py text.txt --tokenizer bpe --name new 2>/dev/full",
+    "PYTHON sample.py --prompt a 2>/dev/full"])
+def test_notes_that_nobody_can_read_end_nothing(checkpoint, command):
+    Path("text.txt").write_text("one")
+    printed = shell(command).stdout
+    assert printed.startswith("a" if "sample.py" in command else "data/new: 1 documents")
 
 
 @pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])

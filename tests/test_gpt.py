@@ -253,7 +253,7 @@ PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
     ({"top_k": 1}, {1}), ({"top_k": 2}, {1, 3}), ({"top_k": 9}, {0, 1, 2, 3}),
     ({"top_p": 0.1}, {1}), ({"top_p": 0.5}, {1, 3}), ({"top_p": 0.8}, {1, 2, 3}),
     ({"top_p": 1.0}, {0, 1, 2, 3}), ({"top_k": 3, "top_p": 0.5}, {1, 3}), ({"top_k": 2, "top_p": 0.5}, {1}),
-    ({"top_p": 0.75}, {1, 2, 3})])
+    ({"top_p": 0.75}, {1, 2, 3}), ({"top_p": 1e-46}, {1})])
 def test_the_next_token_is_drawn_from_those_the_options_leave(options, possible):
     logits = torch.tensor(PROBABILITIES).log().repeat(2000, 1)
     options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}

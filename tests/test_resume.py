@@ -240,6 +240,25 @@ def test_there_is_a_last_checkpoint_to_resume_whenever_one_was_kept(data, monkey
     assert saved[:4] == ["last.pt", "epoch_0001.pt", "last.pt", "epoch_0002.pt"]
 
 
+def test_no_more_than_20_checkpoints_are_kept_unless_that_is_asked_for(data):
+    run("--batch_size", 112, "--max_steps", 100, "--eval_interval", 1000)       # 112 sequences: 100 epochs
+    assert len(list(Path("out/text").glob("epoch_*.pt"))) == 20
+
+
+def test_resuming_with_fewer_steps_than_are_done_changes_nothing(data, capsys):
+    run("--max_steps", 3)
+    before = Path("out/text/last.pt").read_bytes()
+    main([*RESUME, "--max_steps", "2"])
+    assert "all steps are done: raise --max_steps" in capsys.readouterr().out
+    assert Path("out/text/last.pt").read_bytes() == before
+
+
+def test_a_last_checkpoint_that_is_a_broken_link_is_called_so(fails, data):
+    Path("out/text").mkdir(parents=True)
+    Path("out/text/last.pt").symlink_to("gone.pt")
+    fails(main, [*QUICK, *RESUME], "out/text/last.pt is a broken link: repair it, or choose another --out")
+
+
 def test_a_run_that_took_no_step_leaves_no_checkpoint_and_can_begin_again(data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", None)
