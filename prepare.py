@@ -297,8 +297,8 @@ def find_files(source, folder):
         note(f"{source} is a built-in source: write ./{source} for a file or folder")
     source = str(NAMED_SOURCES.get(source, source))
     if source.startswith("hf:"):
-        if os.path.exists(source[3:]):      # the library would read it, in its own way
-            raise UserError(f"{source[3:]} is a file or folder here: leave out hf:, or rename it")
+        if os.path.exists(name := source[3:].partition(":")[0]):        # which the library would read
+            raise UserError(f"{name} is a file or folder here: leave out hf:, or rename it")
         return [source]
     if source == "python":
         root = Path(sysconfig.get_path("stdlib"))
@@ -313,7 +313,7 @@ def find_files(source, folder):
         raise UserError(f"there is no {source}: a SOURCE is a file, a folder, a URL, hf:OWNER/NAME, "
                         f"{', '.join(NAMED_SOURCES)} or python")
     taken = sorted(file for file in files
-                   if file.name.lower().endswith(SUFFIXES) and (is_url or file.exists()))
+                   if file.name.lower().endswith(SUFFIXES) and (is_url or file.is_file()))
     if not taken:
         raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)})")
     if others := set(files) - set(taken):

@@ -238,9 +238,10 @@ def test_linked_folders_are_read_once_hidden_ones_not_and_what_is_left_out_is_sa
     assert "books: 2 files; skipping 3 others (.md, broken links)" in capsys.readouterr().err
 
 
-def test_a_dataset_of_the_hub_is_not_taken_for_a_folder_of_that_name(fails):
+@pytest.mark.parametrize("source", ["hf:my/corpus", "hf:my/corpus:part"])
+def test_a_dataset_of_the_hub_is_not_taken_for_a_folder_of_that_name(fails, source):
     Path("my/corpus").mkdir(parents=True)
-    fails(prepare.main, ["hf:my/corpus", "--tokenizer", "bytes"], "my/corpus is a file or folder here: leave")
+    fails(prepare.main, [source, "--tokenizer", "bytes"], "my/corpus is a file or folder here: leave out hf:")
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2", "bpe"])
