@@ -5,6 +5,8 @@
     python tests/bench.py generation prepare    the rows of these groups
     python tests/bench.py quickstart --seeds 5  the quickstart with five seeds, into docs/quickstart.jsonl
     python tests/bench.py exercises             bits per byte with each exercise, into docs/exercises.jsonl
+    python tests/bench.py trials                what each choice of nano gains, into docs/trials.jsonl
+    python tests/bench.py patterns --texts FOLDER       bytes per token of ways to split text into words
     python tests/bench.py --device cuda         training and generation on a GPU
     python tests/bench.py --device cuda --nanogpt FOLDER        also nanoGPT, out of a clone of it
     python tests/bench.py --table NAME          also writes the table into docs/benchmarks.md
@@ -15,6 +17,7 @@ no cache, eager. "Hugging Face" is GPT2LMHeadModel with the same weights, in the
 """
 
 import argparse
+import gettext
 import importlib.util
 import json
 import multiprocessing
@@ -33,6 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -107,12 +111,12 @@ def row(what, ours, other, ratio, target=""):
     say(f"| {what} | {ours} | {other} | {ratio} | {target} |")
 
 
-def write_table(name):
-    """Replaces what is between <!-- name --> and <!-- end --> in docs/benchmarks.md by what was printed."""
+def write_table(name, lines=OUTPUT):
+    """Replaces what is between <!-- name --> and <!-- end --> in docs/benchmarks.md by these lines."""
     path = ROOT / "docs" / "benchmarks.md"
     before, mark, after = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
     end = after.index("<!-- end -->")
-    path.write_text(before + mark + "\n".join(OUTPUT) + "\n" + after[end:], encoding="utf-8")
+    path.write_text(before + mark + "\n".join(lines) + "\n" + after[end:], encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------- the machine
@@ -528,7 +532,6 @@ def bench_loss(repeats):
 
 def bench_vocabulary(repeats):
     """Learns 2,048 tokens from the standard library, counting of words included."""
-    import regex
     import tokenizers
     texts = [text for text, _ in prepare.read_pieces(prepare.find_files("python", "."), None)]
 
@@ -598,17 +601,114 @@ def bench_exercises():
     Path(ROOT, "docs", "exercises.jsonl").write_text(text, encoding="utf-8")
 
 
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+")
+PATTERNS = {
+    "GPT-2's": GPT2,
+    "GPT-2's, marks kept with their letters": GPT2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
+        r"[^\s\p{L}", r"[^\s\p{L}\p{M}"),
+    "GPT-4's (cl100k)": GPT4,
+    "**ours**": prepare.WORD,
+    "ours, marks not kept with their letters": prepare.WORD.replace(r"\p{M}", ""),
+    "ours, and symbols take the next line's indentation": prepare.WORD.replace(
+        r"[\r\n]*", r"(?:[\r\n]+[ \t]*)?"),
+}
+
+
+def bench_patterns(folder):
+    """Compares ways to split text into words by bytes per token, on the last tenth of each text. The texts
+    are LibreOffice's messages, in a folder into which Debian's packages were unpacked, and Python."""
+    texts = {}
+    for language, code in (("Hindi", "hi"), ("Tamil", "ta"), ("Thai", "th"), ("Arabic", "ar"),
+                           ("Russian", "ru"), ("Korean", "ko"), ("Chinese", "zh_CN"), ("Japanese", "ja")):
+        messages = {}
+        for path in sorted(Path(folder).glob(f"**/{code}/LC_MESSAGES/*.mo")):
+            with open(path, "rb") as file:
+                messages |= gettext.GNUTranslations(file)._catalog
+        texts[language] = "\n".join(messages.values())
+    texts["English"] = "\n".join(key[0] if isinstance(key, tuple) else key for key in messages)
+    source = prepare.read_pieces(prepare.find_files("python", "."), 200)
+    texts["Python"] = "".join(text for text, _ in source)
+    lines = [f"| words | {' | '.join(texts)} | geometric mean |", "|---|" + "---|" * (len(texts) + 1)]
+    for name, pattern in PATTERNS.items():
+        found = [bytes_per_token(pattern, text) for text in texts.values()]
+        figures = [f"{figure:.2f}" for figure in (*found, statistics.geometric_mean(found))]
+        lines.append(f"| {name} | {' | '.join(figures)} |")
+        print(lines[-1], flush=True)
+    write_table("patterns", lines)
+
+
+def bytes_per_token(pattern, text):
+    """Learns 2,048 tokens from the first nine tenths of a text, and returns how long they are on the rest."""
+    cut = len(text) * 9 // 10
+    counts = Counter(word.encode() for word in regex.findall(pattern, text[:cut]))
+    ranks = {token: i for i, token in enumerate(prepare.learn_vocabulary(counts, 2047))}
+    tokenizer = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return len(text[cut:].encode()) / len(tokenizer.encode_ordinary(text[cut:]))
+
+
+# What undoes one choice of nano: flags of prepare.py, flags of train.py, and an edit (file, from, to).
+TRIALS = {
+    "nothing": ([], [], None),
+    "the seed": ([], ["--seed", "1338"], None),
+    "bytes instead of a vocabulary": (["--tokenizer", "bytes"], [], None),
+    "AdamW alone, at 2e-3": ([], ["--optimizer", "adamw", "--lr", "2e-3"], None),
+    "linear schedule, falling over all steps": ([], ["--schedule", "linear"], None),
+    "weight decay 1e-4": ([], ["--weight_decay", "1e-4"], None),
+    "Q, K and V orthogonalized as one matrix": ([], [], (
+        "train.py", '"parts": 3 if path.endswith("c_attn.weight") else 1}', '"parts": 1}')),
+    "embeddings at the learning rate of all else": ([], [], ("train.py", "4 if for_muon else 1", "1")),
+    "four heads": ([], ["--n_head", "4"], None),
+    "16 sequences per step, and twice the steps": (
+        [], ["--global_batch_size", "16", "--max_steps", "800"], None),
+    "words begin with a space only, not with any symbol": ([], [], (
+        "prepare.py", r'r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}', r'r" ?[\p{L}')),
+    "symbols take the next line's indentation": ([], [], (
+        "prepare.py", r'\p{N}]+[\r\n]*"', r'\p{N}]+(?:[\r\n]+[ \t]*)?"')),
+}
+
+
+def bench_trials():
+    """Trains nano for 400 steps in each of these ways, and writes the results into
+    docs/trials.jsonl and docs/benchmarks.md. What trials.jsonl has already is not trained again."""
+    from test_readme import copy_of_the_programs
+    path = Path(ROOT, "docs", "trials.jsonl")
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for what, (prepare_flags, train_flags, edit) in TRIALS.items():
+        if what in [result["change"] for result in results]:
+            continue
+        source = copy_of_the_programs(f"trial{len(results)}", "", "")
+        if edit:
+            file, old, new = edit
+            text = (source / file).read_text(encoding="utf-8")
+            assert text.count(old) == 1, old
+            (source / file).write_text(text.replace(old, new), encoding="utf-8")
+        subprocess.run([sys.executable, source / "prepare.py", "--overwrite", *prepare_flags], check=True)
+        rows, _ = run([sys.executable], source / "out", "--dtype", "float32", "--eval_interval", "9999",
+                      "--max_steps", "400", *train_flags, source=source)
+        results.append({"change": what, "bits_per_byte": rows[-1]["bits_per_byte"]})
+        print(results[-1], flush=True)
+        path.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+        write_table("trials", [
+            "| what changed | bits per byte |", "|---|---|",
+            *(f"| {result['change']} | {result['bits_per_byte']:.3f} |" for result in results)])
+
+
 def main():
     groups = {"training": bench_training, "generation": bench_generation, "cache": bench_cache,
               "prepare": bench_prepare, "vocabulary": bench_vocabulary,
               "ranks": bench_ranks, "loss": bench_loss,
               "quickstart": lambda repeats: bench_quickstart(args.seeds),
-              "exercises": lambda repeats: bench_exercises()}
+              "exercises": lambda repeats: bench_exercises(), "trials": lambda repeats: bench_trials(),
+              "patterns": lambda repeats: bench_patterns(args.texts)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", metavar="group", help="which rows (default: all)")
+    parser.add_argument("groups", nargs="*", metavar="group",
+                        help="which rows (default: all but trials and patterns)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--nanogpt", type=os.path.abspath, help="a clone of nanoGPT to measure as well")
+    parser.add_argument("--texts", type=os.path.abspath, help="where patterns finds its texts")
     parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
     parser.add_argument("--seeds", type=int, default=1, help="how often the quickstart is trained")
     parser.add_argument("--table", metavar="NAME", help="write the table into docs/benchmarks.md")
@@ -619,6 +719,8 @@ def main():
         groups = {"training": bench_cuda_training, "generation": lambda n: bench_generation(n, "cuda")}
     if unknown := set(args.groups) - set(groups):
         parser.error(f"there is no group {', '.join(unknown)}, only {', '.join(groups)}")
+    if "patterns" in args.groups and not args.texts:
+        parser.error("patterns needs --texts FOLDER: see docs/benchmarks.md")
     if args.nanogpt:
         os.environ["NANOGPT"] = args.nanogpt
     multiprocessing.set_start_method("spawn")
@@ -632,7 +734,7 @@ def main():
             f"{torch.__version__}, {time.strftime('%B %Y')}")
         limits(args.device)
         say("\n| what | ours | other | ratio | target |\n|---|---|---|---|---|")
-        for name in args.groups or groups:
+        for name in args.groups or [name for name in groups if name not in ("trials", "patterns")]:
             groups[name](args.repeats)
             if args.table:
                 write_table(args.table)

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench
 import pytest
 from conftest import ROOT, at_step, log, ranks
 
@@ -90,6 +91,15 @@ def test_the_results_of_the_exercises_are_those_that_bench_py_measured():
     for line in (ROOT / "docs" / "exercises.jsonl").read_text().splitlines():
         result = json.loads(line)
         assert f"{result['bits_per_byte']:.3f}" in README, result["change"]
+
+
+def test_the_trials_are_those_that_bench_py_measured_and_can_measure_again():
+    results = [json.loads(line) for line in (ROOT / "docs" / "trials.jsonl").read_text().splitlines()]
+    assert [result["change"] for result in results] == list(bench.TRIALS)
+    table = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert all(f"| {result['change']} | {result['bits_per_byte']:.3f} |" in table for result in results)
+    for file, old, _ in filter(None, (edit for _, _, edit in bench.TRIALS.values())):
+        assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1
 
 
 def test_what_the_readme_shows_is_what_the_quickstart_printed():
