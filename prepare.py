@@ -601,10 +601,11 @@ def one_line_errors(*kinds, out_of_memory):
         raise SystemExit(2) from error
 
 
-def note(text):
-    """Prints a line to stderr, which may be full, or its reader gone: that ends nothing."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+def note(text, stream=None):
+    """Prints a line, by default to stderr. If the disk behind it is full, or its reader gone, that ends
+    nothing."""
+    with suppress(OSError, ValueError):
+        print(text, file=stream or sys.stderr, flush=True)
 
 
 def on_ending_signals(handler=signal.default_int_handler):

@@ -9,13 +9,13 @@ epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, wit
 
 Processes that train together are called ranks. `world` knows the number of this one (world.rank), how many
 there are (world.size), and its device; world.sum(a, b) returns two sums over all ranks, of a and of b. A step
-learns from one global batch of sequences. Each rank takes an equal part of it, in micro-batches of at most
+learns from one global batch of sequences. Each rank takes an equal share of it, in micro-batches of at most
 --batch_size sequences, so that they fit into memory. Then all ranks update their weights identically.
 
 last.pt is written before each evaluation, at least every ten minutes, and when the run ends or is stopped:
 first to a temporary file, which then replaces it. If the machine dies meanwhile, the old one is intact. A run
 that is stopped and resumed computes exactly what it would have without the stop (bit for bit on one kind of
-CPU): a step depends only on flags, data, last.pt and the number of ranks. Left out: sharded models.
+CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharded models.
 """
 
 import argparse
@@ -42,7 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt import DTYPES, GPT, MODELS, ModelError, choose_device, choose_dtype, load_checkpoint, mixed_precision
 from gpt import save_checkpoint
 from prepare import Parser, UserError, at_least_0, checked, duration, get_tokenizer, held, load_meta
-from prepare import load_tokens, on_ending_signals, one_line_errors, positive_float, positive_int, seed_int
+from prepare import load_tokens, note, on_ending_signals, one_line_errors, positive_float, positive_int
+from prepare import seed_int
 from sample import complete, load_model
 
 
@@ -88,10 +89,9 @@ class Batches:
         |     step 0      |     step 1      |     step 2
 
     batches(offset) is this rank's share of the step that begins at that offset of the list: micro-batches
-    (inputs, targets) of equal size, the largest up to batch_size that divides the share (10, if that is
-    40 and batch_size 16). What a step reads depends on offset and global_batch_size, not on how many ranks
-    and micro-batches share the work. By default, nano's global_batch_size is 32, others' is batch_size times
-    the number of ranks."""
+    (inputs, targets) of equal size, the largest up to batch_size that divides the share (16 and 40 give 10).
+    What a step reads depends on offset and global_batch_size, not on how many ranks and micro-batches share
+    the work. By default, nano's global_batch_size is 32, others' is batch_size times the number of ranks."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -387,8 +387,7 @@ class World:
 
     def print(self, text):
         if self.rank == 0:
-            with suppress(OSError, ValueError):     # the reader is gone, but training continues
-                print(text, flush=True)
+            note(text, sys.stdout)
 
     def close(self):
         if self.size > 1:

@@ -119,6 +119,11 @@ def write_table(name, lines=OUTPUT):
     path.write_text(before + mark + "\n".join(lines) + "\n" + after[end:], encoding="utf-8")
 
 
+def write_rows(name, rows):
+    """Writes dictionaries into a file in docs/, one a line."""
+    Path(ROOT, "docs", name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 # -------------------------------------------------------------------------------------------- the machine
 
 def limits(device):
@@ -568,9 +573,8 @@ def bench_quickstart(seeds):
         evaluations += [{"seed": seed, **{name: row[name] for name in ("step", "val_loss", "bits_per_byte")}}
                         for row in rows if "val_loss" in row]
     if seeds > 1:
-        lines = "".join(json.dumps(row) + "\n" for row in evaluations)
         docs, first = Path(ROOT, "docs"), Path("quickstart1337")
-        (docs / "quickstart.jsonl").write_text(lines, encoding="utf-8")
+        write_rows("quickstart.jsonl", evaluations)
         shutil.copy(first / "curves.png", docs / "quickstart.png")
         sampled = subprocess.run(
             [sys.executable, ROOT / "sample.py", "--prompt", "def", "--checkpoint", first], check=True,
@@ -597,8 +601,7 @@ def bench_exercises():
                       *flags.get(name, []), source=source)
         results.append({"change": name.rstrip("."), "bits_per_byte": rows[-1]["bits_per_byte"]})
         row(f"exercise: {name}, bits per byte after 200 steps", f"{rows[-1]['bits_per_byte']:.3f}", "", "")
-    text = "".join(json.dumps(result) + "\n" for result in results)
-    Path(ROOT, "docs", "exercises.jsonl").write_text(text, encoding="utf-8")
+    write_rows("exercises.jsonl", results)
 
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -648,48 +651,52 @@ def bytes_per_token(pattern, text):
     return len(text[cut:].encode()) / len(tokenizer.encode_ordinary(text[cut:]))
 
 
-# What undoes one choice of nano: flags of prepare.py, flags of train.py, and an edit (file, from, to).
+# What undoes one choice of nano: flags of prepare.py, flags of train.py, and a change to a file, as a diff.
 TRIALS = {
-    "nothing": ([], [], None),
-    "the seed": ([], ["--seed", "1338"], None),
-    "bytes instead of a vocabulary": (["--tokenizer", "bytes"], [], None),
-    "AdamW alone, at 2e-3": ([], ["--optimizer", "adamw", "--lr", "2e-3"], None),
-    "linear schedule, falling over all steps": ([], ["--schedule", "linear"], None),
-    "weight decay 1e-4": ([], ["--weight_decay", "1e-4"], None),
-    "Q, K and V orthogonalized as one matrix": ([], [], (
-        "train.py", '"parts": 3 if path.endswith("c_attn.weight") else 1}', '"parts": 1}')),
-    "embeddings at the learning rate of all else": ([], [], ("train.py", "4 if for_muon else 1", "1")),
-    "four heads": ([], ["--n_head", "4"], None),
+    "nothing": ([], [], "", ""),
+    "the seed": ([], ["--seed", "1338"], "", ""),
+    "bytes instead of a vocabulary": (["--tokenizer", "bytes"], [], "", ""),
+    "AdamW alone, at 2e-3": ([], ["--optimizer", "adamw", "--lr", "2e-3"], "", ""),
+    "linear schedule, falling over all steps": ([], ["--schedule", "linear"], "", ""),
+    "weight decay 1e-4": ([], ["--weight_decay", "1e-4"], "", ""),
+    "Q, K and V orthogonalized as one matrix": ([], [], "train.py", """\
+-        groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}
++        groups = [{"params": [p], "parts": 1}
+"""),
+    "embeddings at the learning rate of all else": ([], [], "train.py", """\
+-    groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
++    groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 1},
+"""),
+    "four heads": ([], ["--n_head", "4"], "", ""),
     "16 sequences per step, and twice the steps": (
-        [], ["--global_batch_size", "16", "--max_steps", "800"], None),
-    "words begin with a space only, not with any symbol": ([], [], (
-        "prepare.py", r'r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}', r'r" ?[\p{L}')),
-    "symbols take the next line's indentation": ([], [], (
-        "prepare.py", r'\p{N}]+[\r\n]*"', r'\p{N}]+(?:[\r\n]+[ \t]*)?"')),
+        [], ["--global_batch_size", "16", "--max_steps", "800"], "", ""),
+    "words begin with a space only, not with any symbol": ([], [], "prepare.py", r"""
+-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
++    r" ?[\p{L}\p{M}]+",
+""".lstrip()),
+    "symbols take the next line's indentation": ([], [], "prepare.py", r"""
+-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
++    r" ?[^\s\p{L}\p{M}\p{N}]+(?:[\r\n]+[ \t]*)?",
+""".lstrip()),
 }
 
 
 def bench_trials():
-    """Trains nano for 400 steps in each of these ways, and writes the results into
-    docs/trials.jsonl and docs/benchmarks.md. What trials.jsonl has already is not trained again."""
+    """Trains nano for 400 steps in each of these ways, and writes the results into docs/trials.jsonl and
+    docs/benchmarks.md. What trials.jsonl has already is not trained again."""
     from test_readme import copy_of_the_programs
     path = Path(ROOT, "docs", "trials.jsonl")
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for what, (prepare_flags, train_flags, edit) in TRIALS.items():
+    for what, (prepare_flags, train_flags, file, diff) in TRIALS.items():
         if what in [result["change"] for result in results]:
             continue
-        source = copy_of_the_programs(f"trial{len(results)}", "", "")
-        if edit:
-            file, old, new = edit
-            text = (source / file).read_text(encoding="utf-8")
-            assert text.count(old) == 1, old
-            (source / file).write_text(text.replace(old, new), encoding="utf-8")
+        source = copy_of_the_programs(f"trial{len(results)}", file, diff)
         subprocess.run([sys.executable, source / "prepare.py", "--overwrite", *prepare_flags], check=True)
         rows, _ = run([sys.executable], source / "out", "--dtype", "float32", "--eval_interval", "9999",
                       "--max_steps", "400", *train_flags, source=source)
         results.append({"change": what, "bits_per_byte": rows[-1]["bits_per_byte"]})
         print(results[-1], flush=True)
-        path.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+        write_rows("trials.jsonl", results)
         write_table("trials", [
             "| what changed | bits per byte |", "|---|---|",
             *(f"| {result['change']} | {result['bits_per_byte']:.3f} |" for result in results)])
