@@ -5,7 +5,7 @@
     python tests/bench.py generation prepare    the rows of these groups
     python tests/bench.py quickstart --seeds 5  the quickstart with five seeds, into docs/quickstart.jsonl
     python tests/bench.py exercises             bits per byte with each exercise, into docs/exercises.jsonl
-    python tests/bench.py trials                what each choice of nano gains, into docs/trials.jsonl
+    python tests/bench.py trials --steps 1600   what each choice of nano gains, into docs/trials.jsonl
     python tests/bench.py patterns --texts FOLDER       bytes per token of ways to split text into words
     python tests/bench.py --device cuda         training and generation on a GPU
     python tests/bench.py --device cuda --nanogpt FOLDER        also nanoGPT, out of a clone of it
@@ -19,6 +19,7 @@ no cache, eager. "Hugging Face" is GPT2LMHeadModel with the same weights, in the
 import argparse
 import gettext
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -651,25 +652,10 @@ def bytes_per_token(pattern, text):
     return len(text[cut:].encode()) / len(tokenizer.encode_ordinary(text[cut:]))
 
 
-# What undoes one choice of nano: flags of prepare.py, flags of train.py, and a change to a file, as a diff.
+# What undoes one choice of nano, or tries another: flags of prepare.py, flags of train.py, and a change to a
+# file, as a diff.
 TRIALS = {
     "nothing": ([], [], "", ""),
-    "the seed": ([], ["--seed", "1338"], "", ""),
-    "bytes instead of a vocabulary": (["--tokenizer", "bytes"], [], "", ""),
-    "AdamW alone, at 2e-3": ([], ["--optimizer", "adamw", "--lr", "2e-3"], "", ""),
-    "linear schedule, falling over all steps": ([], ["--schedule", "linear"], "", ""),
-    "weight decay 1e-4": ([], ["--weight_decay", "1e-4"], "", ""),
-    "Q, K and V orthogonalized as one matrix": ([], [], "train.py", """\
--        groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}
-+        groups = [{"params": [p], "parts": 1}
-"""),
-    "embeddings at the learning rate of all else": ([], [], "train.py", """\
--    groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
-+    groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 1},
-"""),
-    "four heads": ([], ["--n_head", "4"], "", ""),
-    "16 sequences per step, and twice the steps": (
-        [], ["--global_batch_size", "16", "--max_steps", "800"], "", ""),
     "words begin with a space only, not with any symbol": ([], [], "prepare.py", r"""
 -    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
 +    r" ?[\p{L}\p{M}]+",
@@ -678,28 +664,83 @@ TRIALS = {
 -    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
 +    r" ?[^\s\p{L}\p{M}\p{N}]+(?:[\r\n]+[ \t]*)?",
 """.lstrip()),
+    "weight decay 1e-4": ([], ["--weight_decay", "1e-4"], "", ""),
+    "embeddings at the learning rate of all else": ([], [], "train.py", """\
+-    groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
++    groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 1},
+"""),
+    "Q, K and V orthogonalized as one matrix": ([], [], "train.py", """\
+-        groups = [{"params": [p], "parts": 3 if path.endswith("c_attn.weight") else 1}
++        groups = [{"params": [p], "parts": 1}
+"""),
+    "Muon's momentum 0.95": ([], [], "train.py", """\
+-        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
++        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
+"""),
+    "the learning rate falls over the last 65% of the steps, not 40%": ([], [], "train.py", """\
+-              "trapezoid": min(1.0, (1 - done) / 0.4)}[schedule]
++              "trapezoid": min(1.0, (1 - done) / 0.65)}[schedule]
+"""),
+    "it falls over all of them": ([], ["--schedule", "linear"], "", ""),
+    "it falls along a cosine": ([], ["--schedule", "cosine"], "", ""),
+    "its peak 5e-3": ([], ["--lr", "5e-3"], "", ""),
+    "its peak 1e-2": ([], ["--lr", "1e-2"], "", ""),
+    "four heads": ([], ["--n_head", "4"], "", ""),
+    "one head": ([], ["--n_head", "1"], "", ""),
+    "an lm_head with weights of its own": ([], [], "gpt.py", """\
+-    "nano": GPTConfig(block_size=128, vocab_size=2048, n_layer=4, n_head=2, n_embd=128),
++    "nano": GPTConfig(block_size=128, vocab_size=2048, n_layer=4, n_head=2, n_embd=128, tied=False),
+"""),
+    "a vocabulary of 1,024 tokens": (["--vocab_size", "1024"], [], "", ""),
+    "a vocabulary of 4,096 tokens": (["--vocab_size", "4096"], [], "", ""),
+    "16 sequences per step, twice the steps": (
+        [], ["--global_batch_size", "16", "--max_steps", "{twice}"], "", ""),
+    "sequences of 256 tokens, 16 per step": (
+        [], ["--block_size", "256", "--global_batch_size", "16"], "", ""),
+    "sequences of 64 tokens, 64 per step": (
+        [], ["--block_size", "64", "--global_batch_size", "64"], "", ""),
+    "AdamW alone, at 2e-3": ([], ["--optimizer", "adamw", "--lr", "2e-3"], "", ""),
+    "bytes instead of a vocabulary": (["--tokenizer", "bytes"], [], "", ""),
 }
 
 
-def bench_trials():
-    """Trains nano for 400 steps in each of these ways, and writes the results into docs/trials.jsonl and
-    docs/benchmarks.md. What trials.jsonl has already is not trained again."""
+def bench_trials(steps, seeds):
+    """Plans the recipe of nano for this many steps, trains it in each of these ways and with each of these
+    seeds, and writes the results into docs/trials.jsonl and docs/benchmarks.md. What trials.jsonl has already
+    is not trained again."""
     from test_readme import copy_of_the_programs
     path = Path(ROOT, "docs", "trials.jsonl")
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for what, (prepare_flags, train_flags, file, diff) in TRIALS.items():
-        if what in [result["change"] for result in results]:
+    done = [(result["change"], result["steps"], result["seed"]) for result in results]
+    for seed, (what, (prepare_flags, train_flags, file, diff)) in itertools.product(seeds, TRIALS.items()):
+        if (what, steps, seed) in done:
             continue
         source = copy_of_the_programs(f"trial{len(results)}", file, diff)
         subprocess.run([sys.executable, source / "prepare.py", "--overwrite", *prepare_flags], check=True)
         rows, _ = run([sys.executable], source / "out", "--dtype", "float32", "--eval_interval", "9999",
-                      "--max_steps", "400", *train_flags, source=source)
-        results.append({"change": what, "bits_per_byte": rows[-1]["bits_per_byte"]})
+                      "--seed", str(seed), "--max_steps", str(steps),
+                      *(flag.format(twice=2 * steps) for flag in train_flags), source=source)
+        results.append({"change": what, "steps": steps, "seed": seed,
+                        "bits_per_byte": rows[-1]["bits_per_byte"]})
         print(results[-1], flush=True)
         write_rows("trials.jsonl", results)
-        write_table("trials", [
-            "| what changed | bits per byte |", "|---|---|",
-            *(f"| {result['change']} | {result['bits_per_byte']:.3f} |" for result in results)])
+    write_trials(results)
+
+
+def write_trials(results):
+    """Writes the table of all trials: for each change and number of steps, the mean over the seeds."""
+    lengths = sorted({result["steps"] for result in results})
+    lines = ["| what changed | " + " | ".join(f"{steps:,} steps" for steps in lengths) + " |",
+             "|---|" + "---|" * len(lengths)]
+    for what in TRIALS:
+        cells = []
+        for steps in lengths:
+            found = [result["bits_per_byte"] for result in results
+                     if (result["change"], result["steps"]) == (what, steps)]
+            seeds = f" (mean of {len(found)} seeds)" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.3f}{seeds}" if found else "")
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    write_table("trials", lines)
 
 
 def main():
@@ -707,17 +748,20 @@ def main():
               "prepare": bench_prepare, "vocabulary": bench_vocabulary,
               "ranks": bench_ranks, "loss": bench_loss,
               "quickstart": lambda repeats: bench_quickstart(args.seeds),
-              "exercises": lambda repeats: bench_exercises(), "trials": lambda repeats: bench_trials(),
+              "exercises": lambda repeats: bench_exercises(),
+              "trials": lambda repeats: bench_trials(args.steps, range(1337, 1337 + args.seeds)),
               "patterns": lambda repeats: bench_patterns(args.texts)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="group",
                         help="which rows (default: all but trials and patterns)")
+    parser.add_argument("--steps", type=int, default=400, help="for how many steps trials are planned")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--nanogpt", type=os.path.abspath, help="a clone of nanoGPT to measure as well")
     parser.add_argument("--texts", type=os.path.abspath, help="where patterns finds its texts")
     parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
-    parser.add_argument("--seeds", type=int, default=1, help="how often the quickstart is trained")
+    parser.add_argument("--seeds", type=int, default=1,
+                        help="how often the quickstart, or each trial, is trained")
     parser.add_argument("--table", metavar="NAME", help="write the table into docs/benchmarks.md")
     args = parser.parse_args()
     if args.device == "cpu":
@@ -739,7 +783,8 @@ def main():
         os.environ["TIKTOKEN_CACHE_DIR"] = str(vocabulary)
         say(f"- {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, PyTorch "
             f"{torch.__version__}, {time.strftime('%B %Y')}")
-        limits(args.device)
+        if not args.groups or {"training", "generation"} & set(args.groups):
+            limits(args.device)
         say("\n| what | ours | other | ratio | target |\n|---|---|---|---|---|")
         for name in args.groups or [name for name in groups if name not in ("trials", "patterns")]:
             groups[name](args.repeats)
