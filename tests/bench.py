@@ -724,11 +724,11 @@ def bench_trials(steps, seeds):
                         "bits_per_byte": rows[-1]["bits_per_byte"]})
         print(results[-1], flush=True)
         write_rows("trials.jsonl", results)
-    write_trials(results)
+        write_table("trials", table_of_trials(results))
 
 
-def write_trials(results):
-    """Writes the table of all trials: for each change and number of steps, the mean over the seeds."""
+def table_of_trials(results):
+    """For each change and number of steps, the mean over the seeds."""
     lengths = sorted({result["steps"] for result in results})
     lines = ["| what changed | " + " | ".join(f"{steps:,} steps" for steps in lengths) + " |",
              "|---|" + "---|" * len(lengths)]
@@ -740,7 +740,7 @@ def write_trials(results):
             seeds = f" (mean of {len(found)} seeds)" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.3f}{seeds}" if found else "")
         lines.append(f"| {what} | {' | '.join(cells)} |")
-    write_table("trials", lines)
+    return lines
 
 
 def main():

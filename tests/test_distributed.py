@@ -183,15 +183,14 @@ def test_ctrl_c_under_torchrun_stops_all_ranks_after_the_step(data):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == step > 0
 
 
-@pytest.mark.parametrize("action, says", [
-    ("raise train.UserError('the data is damaged')", "UserError: the data is damaged"),
-    ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL) received by PID")])
-def test_a_rank_that_fails_ends_the_run_and_torchrun_names_it_and_the_reason(data, action, says):
-    result = torchrun("--max_steps", 9, "--eval_interval", 2, first=acting(action))
+def test_a_rank_that_fails_ends_the_run_and_torchrun_names_it_and_the_reason(data):
+    result = torchrun("--max_steps", 9, "--eval_interval", 2,
+                      first=acting("raise train.UserError('the data is damaged')"))
     assert result.returncode != 0
     cause = result.stderr.partition("Root Cause (first observed failure):")[2]
-    assert "rank      : 1 (local_rank: 1)" in cause and says in cause, result.stderr
-    assert ("error: the data is damaged" in result.stderr.splitlines()) == ("damaged" in says)
+    assert "rank      : 1 (local_rank: 1)" in cause, result.stderr
+    assert "UserError: the data is damaged" in cause
+    assert "error: the data is damaged" in result.stderr.splitlines()
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
@@ -203,6 +202,7 @@ def test_torchrun_returns_a_run_whose_worker_was_killed_to_its_last_checkpoint(d
     result = torchrun(*FAULTY, "--resume", options=["--max_restarts=1"],
                       first=acting("os.kill(os.getpid(), signal.SIGKILL)"))
     assert result.returncode == 0, result.stderr
+    assert "failed (exitcode: -9) local_rank: 1" in result.stderr
     assert "6 steps, 3.43 epochs, 2 of them done" in result.stdout
     assert [row["step"] for row in log() if "loss" in row] == [1, 2, 3, 3, 4, 5, 6]
     assert same_weights(last("out/whole"), last("out/text"))
