@@ -380,7 +380,7 @@ def read_file(path):
             offset = file.tell() - len(error.object) + error.start
             raise UserError(f"{path} is not UTF-8 at byte {offset:,}: convert it, or leave it out") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged or not a gzip file ({error})") from error
+            raise UserError(f"{path} is not a whole gzip file ({error}): leave it out") from error
 
 
 def read_text(file):
@@ -421,7 +421,8 @@ def table_rows(source):
     except ModuleNotFoundError:
         raise
     except Exception as error:      # whatever else goes wrong in the library
-        raise UserError(f"{source} cannot be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{source} cannot be read ({type(error).__name__}: {error}): check it, or leave it "
+                        "out") from error
 
 
 def read_rows(rows, where):
