@@ -75,8 +75,7 @@ def gelu(x):
 
 def attention(q, k, v, dropout):
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
-    q and the result are (B, H, T, D), k and v (B, H, S, D): T positions look at S positions. In training,
-    S = T. In generation, dropout is 0, and S includes earlier positions, whose k and v KVCache kept.
+    q, k, v and the result are (B, H, T, D) in training.
 
     Each position makes a query (what am I looking for?), a key (what do I have?) and a value (what do I pass
     on?). The dot product of a query and a key, their score, says how well they match. A softmax turns the
@@ -87,8 +86,10 @@ def attention(q, k, v, dropout):
     weight on one position.
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
-    minus infinity, which the softmax turns into a weight of 0. Left: 3 positions. Right: 1 new position
-    after 3 earlier ones, from which nothing is hidden.
+    minus infinity, which the softmax turns into a weight of 0. Left: 3 positions.
+
+    In generation, only the T newest positions ask. k and v, (B, H, S, D), also have the earlier positions',
+    which KVCache kept. Right: 1 new position after 3 earlier ones, from which nothing is hidden.
 
                     key 0  1  2                           key 0  1  2  3
         query 0         .  x  x            query 3            .  .  .  .
@@ -249,7 +250,8 @@ class GPT(nn.Module):
     def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, generator=None,
                  watch=lambda logits: None):
         """Continues ids (B, T), T at least 1: yields (B,) ids, max_new_tokens times. next_token, below,
-        chooses them and explains the options. Before each choice, watch gets the logits (B, V).
+        chooses them and explains the options. watch gets the logits (B, V) before each choice: sample.py
+        shows probabilities with it.
 
         The model sees at most block_size tokens. When the caches are full, they are cleared, and the newest
         block_size / 2 tokens are read again, as positions 0, 1, 2 and so on. Dropping just the oldest token

@@ -10,9 +10,9 @@ the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of t
 "bpe" learns such a vocabulary from the text itself (roughly, from the part that is for training).
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
-each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin and is
-never trained on. A document is a .txt file, a line of .jsonl or a row of .parquet. A literal <|endoftext|> in
-a text also ends a document.
+each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin (which may
+cut a document in two) and is never trained on. A document is a .txt file, a line of .jsonl or a row of
+.parquet. A literal <|endoftext|> in a text also ends a document.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
@@ -47,7 +47,7 @@ import regex
 import tiktoken
 import tiktoken_ext.openai_public
 
-TOKEN = np.dtype("<u2")         # a token on disk: little-endian uint16
+TOKEN_DTYPE = np.dtype("<u2")       # of a token on disk: little-endian uint16
 
 
 # --------------------------------------------------------------------------------- tokenizers
@@ -58,14 +58,187 @@ def learn_vocabulary(word_counts, max_tokens):
 
     The first 256 tokens are the single bytes. Then the most frequent pair of neighbours becomes a new token
     and is merged everywhere (ties go to the pair with the lowest numbers), and so on, until there are
-    max_tokens or no pair occurs twice. This is greedy: it merges what is most frequent now. Other merges
-    might shorten the text more in the end, but there are too many to try.
+    max_tokens or no pair occurs twice. With the words low, lower and slow, once each:
+
+        l o w     l o w e r     s l o w         the pair l o occurs 3 times
+        lo w      lo w e r      s lo w          the pair lo w occurs 3 times
+        low       low e r       s low           no pair occurs twice
+
+    This is greedy: it merges what is most frequent now. Other merges might shorten the text more in the end,
+    but there are too many to try.
 
     Text is cut into words first, and no token spans two words. Otherwise common phrases such as " of the"
-    would use up tokens. This also saves time: a word that occurs a million times is merged once."""
+    would use up tokens. This also saves time: a word that occurs a million times is merged once.
+
+    Still, this takes minutes: programs use learn_vocabulary_fast, below, which makes the same merges."""
     # Here a word is a string with one character per token: b"hello" is "hello" at first, and "heĬo" once "ll"
-    # is token 300, chr(300). So word.replace(pair, new) merges a pair. words[i] occurs counts[i] times in the
-    # text, and words_with[pair] has the i of every word that contains the pair.
+    # is token 300, chr(300). So word.replace(pair, new) merges a pair.
+    words = {word.decode("latin-1"): count for word, count in word_counts.items()}
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < max_tokens:
+        pair_counts = Counter()
+        for word, count in words.items():
+            for pair in pairs(word):
+                pair_counts[pair] += count
+        best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair), default="")
+        if pair_counts[best] < 2:
+            break
+        new = chr(len(tokens))
+        tokens.append(tokens[ord(best[0])] + tokens[ord(best[1])])
+        words = {word.replace(best, new): count for word, count in words.items()}
+    return tokens
+
+
+def pairs(word):
+    """pairs("abcd") -> ["ab", "bc", "cd"]"""
+    return [word[i:i + 2] for i in range(len(word) - 1)]
+
+
+# What a word is for "bpe": regex.findall(WORD, "def f(x):") gives "def", " f", "(x", "):". Marks (\p{M}) stay
+# with their letters (\p{L}), as Hindi, Thai and Tamil write many vowels as marks. docs/benchmarks.md compares
+# this pattern with others.
+WORD = "|".join([
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
+    r" ?\p{N}{1,3}",                              # up to three digits
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
+    r"\s+(?!\S)",                                 # white space, except the last space before a word
+    r"\s+",
+])
+
+
+def count_words(texts):
+    """Returns how often each word (bytes) occurs in these texts."""
+    word_counts = Counter()
+    for text in texts:
+        word_counts.update(regex.findall(WORD, text))
+    return {word.encode(): count for word, count in word_counts.items()}
+
+
+def tokenizer_arguments(name, vocabulary=""):
+    """Returns the arguments of tiktoken.Encoding, OpenAI's fast encoder, for "gpt2", "bytes" or "bpe". For
+    "bpe", vocabulary is text in tiktoken's format: a line per token, with its bytes in base 64 and its rank.
+
+    pat_str is the regular expression that splits text into words (for "bytes", into characters). A token's
+    rank is its number. To encode a word, tiktoken starts with its bytes. As long as two neighbours together
+    are a token, it merges those whose token has the lowest rank: as in learning, the most frequent first. So
+    "slower" becomes s l o w e r, s lo w e r, s low e r. special_tokens are never merged."""
+    if name == "gpt2":
+        return gpt2_arguments()
+    ranks = {bytes([i]): i for i in range(256)}
+    for line in vocabulary.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return {"name": name, "pat_str": WORD if name == "bpe" else r"[\s\S]", "mergeable_ranks": ranks,
+            "special_tokens": {"<|endoftext|>": len(ranks)}}
+
+
+@lru_cache(maxsize=1)
+def get_tokenizer(name, vocabulary=""):
+    """Returns a tiktoken.Encoding. Downloads the vocabulary of "gpt2" once, or raises UserError."""
+    return tiktoken.Encoding(**tokenizer_arguments(name, vocabulary))
+
+
+def encode(tokenizer, pieces):
+    """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether it ends a
+    document): a long file arrives in several."""
+    tokens = []
+    for text, ends_document in pieces:
+        # "all": a literal <|endoftext|> in the text becomes that token, and so ends a document, too.
+        tokens.append(tokenizer.encode_to_numpy(text, allowed_special="all"))
+        if ends_document:
+            tokens.append(np.array([tokenizer.eot_token], TOKEN_DTYPE))
+    return np.concatenate(tokens, dtype=TOKEN_DTYPE)
+
+
+# -------------------------------------------------------------------------------- token files
+
+def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1):
+    """Encodes the first sample_size files or rows of the sources (None: all) into a folder; returns its meta.
+    tokenizer_name is "gpt2", "bytes", "bpe" (learns a vocabulary) or another data folder (uses that one's).
+    If a source is bad, raises UserError and leaves the folder unchanged."""
+    with new_folder(Path(folder)) as new:
+        files = [file for source in sources for file in find_files(source, new)]
+        pieces = read_pieces(files, sample_size)
+        name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
+        with open(new / "train.bin", "wb") as file:
+            file.writelines(encode_all(pieces, tokenizer_arguments(name, vocabulary)))
+            n_tokens = file.tell() // TOKEN_DTYPE.itemsize
+        if not n_tokens:
+            raise UserError(f"there is no text in {', '.join(map(str, sources))}")
+        # All tokens are in train.bin now: move the last of them to val.bin.
+        n_train = int(n_tokens * (1 - val_fraction))
+        np.memmap(new / "train.bin", TOKEN_DTYPE, mode="r")[n_train:].tofile(new / "val.bin")
+        os.truncate(new / "train.bin", n_train * TOKEN_DTYPE.itemsize)
+        (new / "vocabulary.tiktoken").write_bytes(vocabulary.encode())
+        tokenizer = get_tokenizer(name, vocabulary)
+        meta = {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizer.n_vocab}
+        for split in ("train", "val"):
+            meta[split] = statistics(new / f"{split}.bin", tokenizer)
+        write_meta(new, meta)
+    return load_meta(folder)
+
+
+def load_tokens(folder, split):
+    """Returns a data folder's "train" or "val" split: a read-only uint16 array, memory-mapped rather than
+    loaded. Raises UserError if the file is not as long as meta.json says."""
+    path = Path(folder, f"{split}.bin")
+    expected = load_meta(folder)[split]["tokens"] * TOKEN_DTYPE.itemsize
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise UserError(f"{path} has {size:,} bytes, but meta.json says {expected:,}: run prepare.py again")
+    return np.memmap(path, TOKEN_DTYPE, mode="r") if size else np.empty(0, TOKEN_DTYPE)
+
+
+# ================================================================================== plumbing
+# You can stop here on a first reading. Below: where text comes from, its formats, the data folder, and what
+# the command lines of all three programs share.
+
+class UserError(ValueError):
+    """A user's mistake. The message says in one line what is wrong and how to fix it."""
+
+
+@lru_cache(maxsize=1)
+def gpt2_arguments():
+    try:
+        return tiktoken_ext.openai_public.gpt2()
+    except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
+        raise UserError("the vocabulary of gpt2 could not be downloaded: set TIKTOKEN_CACHE_DIR to a folder "
+                        "that has it, or use --tokenizer bpe in prepare.py, which needs none") from error
+
+
+def choose_tokenizer(name, vocab_size, pieces, val_fraction):
+    """Returns the name and the vocabulary of a tokenizer, and an iterator over the same pieces."""
+    if name in ("gpt2", "bytes"):
+        return name, "", pieces
+    if name != "bpe":       # another data folder
+        meta = load_meta(name)
+        return meta["tokenizer"], meta["vocabulary"], pieces
+    first, size = [], 0
+    for piece in pieces:
+        first.append(piece)
+        size += len(piece[0])
+        if size >= LEARN_FROM:
+            note(f"learning the vocabulary from the first {size:,} characters")
+            break
+    texts, left = [], size * (1 - val_fraction)     # the rest is for validation
+    for text, _ in first:
+        texts.append(text[:math.ceil(left)])
+        left = max(0, left - len(text))
+    words = Counter()       # very long ones, as in DNA, in pieces: each merge rescans the whole word
+    for word, count in count_words(texts).items():
+        length = 16 if len(word) > 100 else len(word)
+        for i in range(0, len(word), length):
+            words[word[i:i + length]] += count
+    tokens = learn_vocabulary_fast(dict(words.most_common(LEARN_FROM_WORDS)), vocab_size - 1)
+    if len(tokens) < vocab_size - 1:
+        note(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens")
+    return name, vocabulary_text({token: i for i, token in enumerate(tokens)}), chain(first, pieces)
+
+
+def learn_vocabulary_fast(word_counts, max_tokens):
+    """The same as learn_vocabulary, but counts all pairs only once, and then corrects the counts after each
+    merge, where it changed a word: for Python's standard library, FASTER times as fast."""
+    # words[i] occurs counts[i] times, and words_with[pair] has the i of every word that contains the pair.
     words, counts = [word.decode("latin-1") for word in word_counts], list(word_counts.values())
     pair_counts, words_with = Counter(), defaultdict(set)
     for i, word in enumerate(words):
@@ -104,146 +277,8 @@ def learn_vocabulary(word_counts, max_tokens):
     return tokens
 
 
-def pairs(word):
-    """pairs("abcd") -> ["ab", "bc", "cd"]"""
-    return [word[i:i + 2] for i in range(len(word) - 1)]
-
-
-# What a word is for "bpe": regex.findall(WORD, "def f(x):") gives "def", " f", "(x", "):". choose_tokenizer
-# counts them. Marks (\p{M}) stay with their letters (\p{L}), as Hindi, Thai and Tamil write many vowels as
-# marks. docs/benchmarks.md compares this pattern with others.
-WORD = "|".join([
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",      # letters, after a space or one symbol: " dog", "(x"
-    r" ?\p{N}{1,3}",                              # up to three digits
-    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
-    r"\s+(?!\S)",                                 # white space, except the last space before a word
-    r"\s+",
-])
-
-
-def tokenizer_parts(name, vocabulary=""):
-    """Returns the arguments of tiktoken.Encoding, OpenAI's fast encoder, for "gpt2", "bytes" or "bpe". For
-    "bpe", vocabulary is text in tiktoken's format: a line per token, with its bytes in base 64 and its rank.
-
-    pat_str is the regular expression that splits text into words (for "bytes", into characters). A token's
-    rank is its number. To encode a word, tiktoken starts with its bytes. As long as two neighbours together
-    are a token, it merges those whose token has the lowest rank: as in learning, the most frequent first.
-    special_tokens are never merged."""
-    if name == "gpt2":
-        return gpt2_parts()
-    ranks = {bytes([i]): i for i in range(256)}
-    for line in vocabulary.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    return {"name": name, "pat_str": WORD if name == "bpe" else r"[\s\S]", "mergeable_ranks": ranks,
-            "special_tokens": {"<|endoftext|>": len(ranks)}}
-
-
-@lru_cache(maxsize=1)
-def get_tokenizer(name, vocabulary=""):
-    """Returns a tiktoken.Encoding. Downloads the vocabulary of "gpt2" once, or raises UserError."""
-    return tiktoken.Encoding(**tokenizer_parts(name, vocabulary))
-
-
-def encode(tokenizer, pieces):
-    """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether it ends a
-    document): a long file arrives in several."""
-    tokens = []
-    for text, ends_document in pieces:
-        # "all": a literal <|endoftext|> in the text becomes that token, and so ends a document, too.
-        tokens.append(tokenizer.encode_to_numpy(text, allowed_special="all"))
-        if ends_document:
-            tokens.append(np.array([tokenizer.eot_token], TOKEN))
-    return np.concatenate(tokens, dtype=TOKEN)
-
-
-# -------------------------------------------------------------------------------- token files
-
-def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1):
-    """Encodes the first sample_size files or rows of the sources (None: all) into a folder; returns its meta.
-    tokenizer_name is "gpt2", "bytes", "bpe" (learns a vocabulary) or another data folder (uses that one's).
-    If a source is bad, raises UserError and leaves the folder unchanged."""
-    with new_folder(Path(folder)) as new:
-        files = [file for source in sources for file in find_files(source, new)]
-        pieces = read_pieces(files, sample_size)
-        name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
-        with open(new / "train.bin", "wb") as file:
-            file.writelines(encode_all(pieces, tokenizer_parts(name, vocabulary)))
-            n_tokens = file.tell() // TOKEN.itemsize
-        if not n_tokens:
-            raise UserError(f"there is no text in {', '.join(map(str, sources))}")
-        # All tokens are in train.bin now: move the last of them to val.bin.
-        n_train = int(n_tokens * (1 - val_fraction))
-        np.memmap(new / "train.bin", TOKEN, mode="r")[n_train:].tofile(new / "val.bin")
-        os.truncate(new / "train.bin", n_train * TOKEN.itemsize)
-        (new / "vocabulary.tiktoken").write_bytes(vocabulary.encode())
-        tokenizer = get_tokenizer(name, vocabulary)
-        meta = {"format": FORMAT, "tokenizer": name, "vocab_size": tokenizer.n_vocab}
-        for split in ("train", "val"):
-            meta[split] = statistics(new / f"{split}.bin", tokenizer)
-        write_meta(new, meta)
-    return load_meta(folder)
-
-
-def load_tokens(folder, split):
-    """Returns a data folder's "train" or "val" split: a read-only uint16 array, memory-mapped rather than
-    loaded. Raises UserError if the file is not as long as meta.json says."""
-    path = Path(folder, f"{split}.bin")
-    expected = load_meta(folder)[split]["tokens"] * TOKEN.itemsize
-    size = path.stat().st_size if path.is_file() else 0
-    if size != expected:
-        raise UserError(f"{path} has {size:,} bytes, but meta.json says {expected:,}: run prepare.py again")
-    return np.memmap(path, TOKEN, mode="r") if size else np.empty(0, TOKEN)
-
-
-# ================================================================================== plumbing
-# You can stop here on a first reading. Below: where text comes from, its formats, the data folder, and what
-# the command lines of all three programs share.
-
-class UserError(ValueError):
-    """A user's mistake. The message says in one line what is wrong and how to fix it."""
-
-
-@lru_cache(maxsize=1)
-def gpt2_parts():
-    try:
-        return tiktoken_ext.openai_public.gpt2()
-    except (OSError, ValueError) as error:      # no connection, or not the bytes that tiktoken expects
-        raise UserError("the vocabulary of gpt2 could not be downloaded: set TIKTOKEN_CACHE_DIR to a folder "
-                        "that has it, or use --tokenizer bpe in prepare.py, which needs none") from error
-
-
-def choose_tokenizer(name, vocab_size, pieces, val_fraction):
-    """Returns the name and the vocabulary of a tokenizer, and an iterator over the same pieces."""
-    if name in ("gpt2", "bytes"):
-        return name, "", pieces
-    if name != "bpe":       # another data folder
-        meta = load_meta(name)
-        return meta["tokenizer"], meta["vocabulary"], pieces
-    first, size = [], 0
-    for piece in pieces:
-        first.append(piece)
-        size += len(piece[0])
-        if size >= LEARN_FROM:
-            note(f"learning the vocabulary from the first {size:,} characters")
-            break
-    word_counts, left = Counter(), size * (1 - val_fraction)        # the rest is for validation
-    for text, _ in first:
-        word_counts.update(regex.findall(WORD, text[:math.ceil(left)]))
-        left = max(0, left - len(text))
-    words = Counter()       # very long ones, as in DNA, in pieces: each merge rescans the whole word
-    for word, n in word_counts.items():
-        length = 16 if len(word) > 100 else len(word)
-        for i in range(0, len(word), length):
-            words[word[i:i + length].encode()] += n
-    tokens = learn_vocabulary(dict(words.most_common(LEARN_FROM_WORDS)), vocab_size - 1)
-    if len(tokens) < vocab_size - 1:
-        note(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens")
-    return name, vocabulary_text({token: i for i, token in enumerate(tokens)}), chain(first, pieces)
-
-
 def vocabulary_text(ranks):
-    """Returns mergeable ranks as a text in tiktoken's format, which tokenizer_parts reads."""
+    """Returns mergeable ranks as a text in tiktoken's format, which tokenizer_arguments reads."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
@@ -270,7 +305,7 @@ def statistics(path, tokenizer):
     counts, crc32 = np.zeros(tokenizer.n_vocab, dtype=np.int64), 0
     with open(path, "rb") as file:
         while chunk := file.read(2 ** 20):
-            counts += np.bincount(np.frombuffer(chunk, TOKEN), minlength=tokenizer.n_vocab)
+            counts += np.bincount(np.frombuffer(chunk, TOKEN_DTYPE), minlength=tokenizer.n_vocab)
             crc32 = zlib.crc32(chunk, crc32)
     return {"documents": int(counts[tokenizer.eot_token]), "bytes": int(counts @ bytes_of),
             "tokens": int(counts.sum()), "crc32": crc32}

@@ -19,7 +19,7 @@ import torch
 
 from gpt import DTYPES, GPT, ModelError, choose_device, choose_dtype, load_checkpoint
 from prepare import Parser, UserError, at_least_0, checked, get_tokenizer, in_colour, note, on_ending_signals
-from prepare import one_line_errors, positive_int, read_text, seed_int, token_text, tokenizer_parts
+from prepare import one_line_errors, positive_int, read_text, seed_int, token_text, tokenizer_arguments
 from prepare import vocabulary_text
 
 
@@ -129,7 +129,7 @@ def read_vocabulary(path):
     """Returns the name and vocabulary of a tokenizer that `export` wrote, or raises UserError."""
     with suppress(ValueError):
         text = path.read_text(encoding="ascii")
-        ranks = tokenizer_parts("bpe", text)["mergeable_ranks"]
+        ranks = tokenizer_arguments("bpe", text)["mergeable_ranks"]
         if [*ranks.values()] == [*range(len(ranks))]:
             return ("bpe", text) if text else ("bytes", "")
     raise UserError(f"{path} is damaged: export the model again")
@@ -149,7 +149,7 @@ def export(model, tokenizer, folder):
     If it cannot be written, raises ModelError and leaves no half of it."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    parts, parent = tokenizer_parts(*tokenizer), Path(folder).absolute().parent
+    parts, parent = tokenizer_arguments(*tokenizer), Path(folder).absolute().parent
     [end] = parts["special_tokens"]
     try:
         parent.mkdir(parents=True, exist_ok=True)

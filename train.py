@@ -11,11 +11,12 @@ Processes that train together are called ranks. `world` knows the number of this
 there are (world.size), and its device; world.sum(a, b) returns two sums over all ranks, of a and of b. A step
 learns from one global batch of sequences. Each rank takes an equal share of it, in micro-batches of at most
 --batch_size sequences, so that they fit into memory. Then all ranks update their weights identically.
+Steps are numbered from 0, but the log counts those that are done: the line of step 0 says "step 1".
 
-last.pt is written before each evaluation, at least every ten minutes, and when the run ends or is stopped:
-first to a temporary file, which then replaces it. If the machine dies meanwhile, the old one is intact. A run
-that is stopped and resumed computes exactly what it would have without the stop (bit for bit on one kind of
-CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharded models.
+last.pt is written before each evaluation, every ten minutes between them, and when the run ends or is
+stopped: first to a temporary file, which then replaces it. If the machine dies meanwhile, the old one is
+intact. A run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on
+one kind of CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharded models.
 """
 
 import argparse
@@ -54,8 +55,8 @@ class Sequences:
     are inputs and all but the first are targets: at each position, the target is the next token. Position 0
     predicts it from one token, position 1 from two, and so on: block_size examples in one sequence.
 
-    A sequence may begin in the middle of a document and contain several. Nothing hides one document from the
-    next: the model learns that <|endoftext|> starts something new."""
+    A sequence may begin in the middle of a document and contain several. Attention reaches across their
+    borders: the model learns that <|endoftext|> starts something new."""
 
     def __init__(self, tokens, block_size, stride, vocab_size):
         self.tokens, self.block_size, self.stride, self.vocab_size = tokens, block_size, stride, vocab_size
@@ -90,8 +91,8 @@ class Batches:
 
     batches(offset) is this rank's share of the step that begins at that offset of the list: micro-batches
     (inputs, targets) of equal size, the largest up to batch_size that divides the share (16 and 40 give 10).
-    What a step reads depends on offset and global_batch_size, not on how many ranks and micro-batches share
-    the work. By default, nano's global_batch_size is 32, others' is batch_size times the number of ranks."""
+    However many ranks and micro-batches share the work, a step reads the same sequences, as long as
+    global_batch_size is the same: by default, 32 for nano, else batch_size times the number of ranks."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -120,9 +121,13 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
     warmup_steps = round(warmup * total_steps)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
-    done = (step - warmup_steps) / (total_steps - warmup_steps)         # from 0 to 1
-    height = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
-              "trapezoid": min(1.0, (1 - done) / 0.4)}[schedule]
+    left = (total_steps - step) / (total_steps - warmup_steps)          # from 1 down to almost 0
+    if schedule == "linear":
+        height = left
+    elif schedule == "cosine":
+        height = (1 - math.cos(math.pi * left)) / 2
+    elif schedule == "trapezoid":
+        height = min(1.0, left / 0.4)
     return low + (peak - low) * height
 
 
@@ -130,8 +135,7 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]. Then Muon,
     explained after the loop, trains the matrices of the blocks. AdamW (Loshchilov and Hutter 2017,
     https://arxiv.org/abs/1711.05101) divides a running mean of the gradient by its running root mean square.
-    How far a weight moves then does not depend on the scale of its gradient: typically about 0.2 of the
-    learning rate.
+    How far a weight moves then does not depend on how large its gradient is.
 
     Both also shrink every matrix a little at each step, embeddings too, by the learning rate times
     weight_decay, so that weights grow only where it helps. Vectors (biases, LayerNorm weights) do not decay:
@@ -163,15 +167,16 @@ def backward(model, micro_batches, scaler, autocast):
     same weights, take the same steps, and stay equal."""
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
-        # Each rank adds up the gradients of its micro-batches. In the last backward pass, DDP averages these
-        # sums over all ranks. It looks at this flag in forward; a plain model ignores the flag.
+        # Each rank adds up the gradients of its micro-batches, and in the last backward pass, DDP averages
+        # these sums over all ranks. This flag, set before forward, tells it which pass is the last; without
+        # DDP, it does nothing.
         model.require_backward_grad_sync = i == len(micro_batches)
         with autocast:      # runs matmuls in bfloat16 or float16, several times faster
-            loss = model(inputs, targets) / len(micro_batches)      # because backward adds up gradients
+            part = model(inputs, targets) / len(micro_batches)      # of the mean, as gradients add up, too
         # The smallest positive float16 is 6e-8, and many gradients are smaller. So the scaler multiplies the
         # loss, and with it all gradients, by a large number, the loss scale. In other dtypes it is 1.
-        scaler.scale(loss).backward()
-        mean_loss += loss.detach()      # not .item(), which would wait for the GPU each time
+        scaler.scale(part).backward()
+        mean_loss += part.detach()      # not .item(), which would wait for the GPU each time
     return mean_loss.item()
 
 
@@ -204,12 +209,12 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
     training, count is --eval_sequences; after the last step, a second call takes all of them."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
-    losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]     # summed over each batch
+    losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]
     for i in range(world.rank, len(batches), world.size):
         with autocast:
             loss = model(*sequences.read(batches[i], world.device))
-        losses[i] = sizes[i] * loss.item()
-    losses = world.sum(*losses)     # now each rank has all of them
+        losses[i] = sizes[i] * loss.item()      # summed over the batch; other ranks' batches stay at 0
+    losses = world.sum(*losses)     # now each rank has those of all batches
     return sum(losses) / count, standard_error(losses, sizes)
 
 
@@ -220,31 +225,14 @@ class State:
     """Where a run stands. last.pt has this, plus weights, optimizers, loss scale, flags and vocabulary."""
     step: int = 0                       # steps done, skipped ones too: the next one's number, from 0
     offset: int = 0                     # sequences read (global_batch_size may change when a run is resumed)
-    skipped: int = 0                    # consecutive steps skipped, because something was not finite
+    skipped: int = 0                    # the last so many steps were all skipped: see update
     best_val_loss: float = math.inf     # the lowest so far
 
 
-@dataclass
-class Run:
-    """What set_up prepares for the loop."""
-    args: argparse.Namespace            # the flags
-    data: dict                          # the data folder's meta.json and vocabulary
-    world: "World"                      # all ranks: this one's number, their count, sums over all
-    autocast: object                    # runs matmuls in a faster dtype
-    model: GPT                          # the plain model
-    optimizers: list
-    scaler: torch.amp.GradScaler        # disabled unless float16
-    batches: Batches                    # for training
-    val_sequences: Sequences
-    state: State
-    wrapped_model: object = None        # what backward runs: model, or model in DDP, or compiled
-    total_steps: int = 0
-    log: object = None                  # prints lines, and writes log.jsonl
-    saved_at: float = 0.0               # when last.pt was written
-
-
 def train(run, told_to_stop):
-    """The training loop. told_to_stop() is true after Ctrl-C, for example."""
+    """The training loop. run has what set_up made of the flags: model, optimizers, batches and so on.
+    wrapped_model is what is trained: model itself, or model in DDP. told_to_stop() is true after Ctrl-C, for
+    example."""
     args, world, state = run.args, run.world, run.state
     while True:
         # First in the loop, as last.pt is saved before an evaluation: a run killed during it evaluates again.
@@ -256,7 +244,7 @@ def train(run, told_to_stop):
         seed_dropout(args.seed, state.step, world.rank)     # so last.pt needs no random state
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
         # Mean loss, and how many ranks were told to stop: the same on all, so all stop after the same step.
-        loss, stop = world.sum(loss / world.size, told_to_stop())
+        loss, stop_votes = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         # A skipped step counts like any other, and its batch is not repeated.
         state.skipped = 0 if taken else state.skipped + 1
@@ -267,19 +255,20 @@ def train(run, told_to_stop):
             run.log.training(state.step, epoch=state.offset / len(run.batches.sequences), loss=loss, lr=lr,
                              grad_norm=grad_norm, loss_scale=run.scaler.get_scale())
         save_if_due(run)
-        if stop:
+        if stop_votes:
             break
     save(run, "last.pt")    # also after the last evaluation, which may have changed best_val_loss
 
 
-# --------------------------------------------------------------------------------------- Muon
+# ---------------------------------------------------------------------------- Muon (optional)
 
 class Muon(torch.optim.Optimizer):
-    """Like AdamW, keeps a running mean of the gradient, but then evens out the directions of a whole matrix
-    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Every matrix is a rotation V^T, a stretch
-    along each axis, S, and a rotation U: it is U S V^T, its singular value decomposition. A gradient
+    """Like AdamW, keeps a running mean of the gradient, but then treats it as a matrix and makes it equally
+    strong in all directions (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): if it has 3 and
+    0.1 on its diagonal and 0 elsewhere, it becomes 1 and 1. Any other matrix is, between two rotations (or
+    reflections), such a stretch along each axis: U S V^T, its singular value decomposition. A gradient
     stretches a few axes far more than the others, and they would dominate the step. So Muon steps against
-    U V^T, the nearest matrix without any stretch: the weak directions learn as fast as the strong ones."""
+    U V^T, without any stretch: the weak directions learn as fast as the strong ones."""
 
     def __init__(self, groups, weight_decay, dtype):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
@@ -447,6 +436,25 @@ def keep_freed_memory():
 
 
 # ------------------------------------------------------------------------------------- a run
+
+@dataclass
+class Run:
+    """What set_up prepares for the loop."""
+    args: argparse.Namespace            # the flags
+    data: dict                          # the data folder's meta.json and vocabulary
+    world: "World"                      # all ranks: this one's number, their count, sums over all
+    autocast: object                    # runs matmuls in a faster dtype
+    model: GPT                          # the plain model
+    optimizers: list
+    scaler: torch.amp.GradScaler        # disabled unless float16
+    batches: Batches                    # for training
+    val_sequences: Sequences
+    state: State
+    wrapped_model: object = None        # what backward runs: model, or model in DDP, or compiled
+    total_steps: int = 0
+    log: object = None                  # prints lines, and writes log.jsonl
+    saved_at: float = 0.0               # when last.pt was written
+
 
 def set_up(args, world, dtype, saved):
     """Returns the Run that the flags describe, restored from its checkpoint, (model, meta), if there is one.

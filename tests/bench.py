@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -274,7 +275,7 @@ def bench_loading(what, batch_size, length, step_seconds):
     for exponent in (6, 11 if length >= 512 else 10):      # the order of an epoch takes 4 bytes a sequence
         with open("sparse.bin", "wb") as file:
             file.truncate(2 * 10 ** exponent)
-        sequences = train.Sequences(np.memmap("sparse.bin", prepare.TOKEN, "r"), length, length, 50257)
+        sequences = train.Sequences(np.memmap("sparse.bin", prepare.TOKEN_DTYPE, "r"), length, length, 50257)
         batches = train.Batches(sequences, batch_size, batch_size, 1337, World)
         batch_seconds = seconds(lambda batches=batches: list(map(batches, offsets)), "cpu", 25) / len(offsets)
         row(f"{what}: reading a batch out of 10^{exponent} tokens", f"{batch_seconds * 1e3:.2f} ms",
@@ -388,7 +389,7 @@ def preparing(kind, path):
     """Encodes a .jsonl file with GPT-2's tokenizer. For "loop", with encode_ordinary, document by document;
     for "ceiling", nothing but the encoding, of text that is in memory, on as many threads as there are cores,
     each with a tokenizer of its own."""
-    parts = prepare.tokenizer_parts("gpt2")
+    parts = prepare.tokenizer_arguments("gpt2")
     tokenizer = tiktoken.Encoding(**parts)
     if kind == "ours":
         def work():
@@ -544,7 +545,7 @@ def bench_vocabulary(repeats):
     def ours():
         started = time.perf_counter()
         counts = Counter(word.encode() for text in texts for word in regex.findall(prepare.WORD, text))
-        prepare.learn_vocabulary(counts, 2047)
+        prepare.learn_vocabulary_fast(counts, 2047)
         return time.perf_counter() - started
 
     def theirs():
@@ -589,7 +590,7 @@ def bench_quickstart(seeds):
 
 def bench_exercises():
     """Trains 200 steps with each exercise that changes training, and writes docs/exercises.jsonl, which the
-    tables in README.md and docs/exercises.md show."""
+    tables in README.md and docs/exercises.md show. Checkpointing saves memory: that takes a larger model."""
     from test_readme import EXERCISES, copy_of_the_programs
     prepare.prepare(["python"], "data/python", "bpe")
     flags = {"Another seed": ["--seed", "1"], "Another schedule": ["--schedule", "squared"]}
@@ -601,6 +602,12 @@ def bench_exercises():
         rows, _ = run([sys.executable], source / "out", "--max_steps", "200", "--dtype", "float32",
                       *flags.get(name, []), source=source)
         results.append({"change": name.rstrip("."), "bits_per_byte": rows[-1]["bits_per_byte"]})
+        if name in ("Unchanged", "Gradient checkpointing"):
+            command = [sys.executable, source / "train.py", "--model", "gpt2", "--block_size", "512",
+                       "--batch_size", "8", "--dry_run"]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            speed, memory = re.search(r"([\d,]+) tokens/s; .* at least ([\d.]+) GB", printed).groups()
+            results[-1] |= {"tokens_per_second": int(speed.replace(",", "")), "gb": float(memory)}
         row(f"exercise: {name}, bits per byte after 200 steps", f"{rows[-1]['bits_per_byte']:.3f}", "", "")
     write_rows("exercises.jsonl", results)
 
@@ -647,7 +654,7 @@ def bytes_per_token(pattern, text):
     """Learns 2,048 tokens from the first nine tenths of a text, and returns how long they are on the rest."""
     cut = len(text) * 9 // 10
     counts = Counter(word.encode() for word in regex.findall(pattern, text[:cut]))
-    ranks = {token: i for i, token in enumerate(prepare.learn_vocabulary(counts, 2047))}
+    ranks = {token: i for i, token in enumerate(prepare.learn_vocabulary_fast(counts, 2047))}
     tokenizer = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     return len(text[cut:].encode()) / len(tokenizer.encode_ordinary(text[cut:]))
 
@@ -678,8 +685,8 @@ TRIALS = {
 +        super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.95})
 """),
     "the learning rate falls over the last 65% of the steps, not 40%": ([], [], "train.py", """\
--              "trapezoid": min(1.0, (1 - done) / 0.4)}[schedule]
-+              "trapezoid": min(1.0, (1 - done) / 0.65)}[schedule]
+-        height = min(1.0, left / 0.4)
++        height = min(1.0, left / 0.65)
 """),
     "it falls over all of them": ([], ["--schedule", "linear"], "", ""),
     "it falls along a cosine": ([], ["--schedule", "cosine"], "", ""),

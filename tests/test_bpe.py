@@ -14,7 +14,7 @@ import gpt
 import prepare
 import sample
 import train
-from prepare import WORD, get_tokenizer, learn_vocabulary, load_meta, load_tokens
+from prepare import WORD, get_tokenizer, learn_vocabulary, learn_vocabulary_fast, load_meta, load_tokens
 
 SCRIPTS = [
     "The dog's 1,234 bones:\n\tdef f(x):\n        return x\r\n", "हिन्दी में लिखा हुआ", "ภาษาไทยง่ายนิดเดียว",
@@ -22,7 +22,7 @@ SCRIPTS = [
 
 
 def naive_vocabulary(word_counts, n_tokens):
-    """Byte-pair encoding that counts all pairs anew for each merge."""
+    """Byte-pair encoding of words that are tuples of tokens."""
     words = {tuple(bytes([byte]) for byte in word): count for word, count in word_counts.items()}
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < n_tokens:
@@ -85,15 +85,19 @@ def books(tiny):
 @pytest.mark.parametrize("words", [
     {b"aaaaa": 3, b"aa": 1, b"ab": 7, b"abab": 2}, {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3},
     {b"x": 9}, {}, Counter(bytes(random.Random(i).choices(b"abc", k=6)) for i in range(99))], ids=repr)
-def test_merges_are_those_of_counting_all_pairs_anew_ties_included(words):
-    assert learn_vocabulary(words, 300) == naive_vocabulary(words, 300)
+def test_both_ways_to_learn_a_vocabulary_make_the_same_merges_ties_included(words):
+    assert learn_vocabulary_fast(words, 300) == learn_vocabulary(words, 300) == naive_vocabulary(words, 300)
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="needs the text tinyshakespeare")
-def test_merges_of_a_real_text_are_those_of_counting_all_pairs_anew():
-    text = SHAKESPEARE.read_text(encoding="utf-8")[:60_000]
-    words = Counter(word.encode() for word in regex.findall(WORD, text))
-    assert learn_vocabulary(words, 400) == naive_vocabulary(words, 400)
+def test_both_ways_to_learn_a_vocabulary_make_the_same_merges_of_a_real_text():
+    words = prepare.count_words([SHAKESPEARE.read_text(encoding="utf-8")[:200_000]])
+    assert learn_vocabulary_fast(words, 400) == learn_vocabulary(words, 400)
+
+
+def test_words_are_counted_across_texts():
+    assert prepare.count_words(["def f(x):", " f "]) == {
+        b"def": 1, b" f": 2, b"(x": 1, b"):": 1, b" ": 1}
 
 
 def test_the_pairs_of_a_word_are_its_neighbours():

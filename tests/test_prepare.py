@@ -179,7 +179,7 @@ def test_only_a_few_batches_are_read_ahead_of_the_encoder(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     read = []
     pieces = (read.append(i) or ("x" * i, True) for i in range(1000))
-    results = prepare.encode_all(pieces, prepare.tokenizer_parts("bytes"))
+    results = prepare.encode_all(pieces, prepare.tokenizer_arguments("bytes"))
     assert len(next(results)) == sum(range(32)) + 32 and len(read) < 10 * 32
     assert sum(map(len, results)) == sum(range(32, 1000)) + 968
 
@@ -287,7 +287,7 @@ def test_without_the_vocabulary_the_way_out_is_named(fails, monkeypatch, failure
             return failure
         raise failure
 
-    prepare.gpt2_parts.cache_clear()
+    prepare.gpt2_arguments.cache_clear()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "empty")
     monkeypatch.setattr("tiktoken.load.read_file", download)
     fails(main, [write("a.txt", "x")], "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer")

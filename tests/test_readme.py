@@ -91,6 +91,16 @@ def test_the_results_of_the_exercises_are_those_that_bench_py_measured():
     for line in (ROOT / "docs" / "exercises.jsonl").read_text().splitlines():
         result = json.loads(line)
         assert f"{result['bits_per_byte']:.3f}" in README, result["change"]
+        assert f"{result['bits_per_byte']:.3f}" in EXERCISES_FILE, result["change"]
+
+
+def test_gradient_checkpointing_saves_the_memory_that_bench_py_measured():
+    rows = [json.loads(line) for line in (ROOT / "docs" / "exercises.jsonl").read_text().splitlines()]
+    before, after = (row for row in rows if "gb" in row)
+    speed = after["tokens_per_second"] / before["tokens_per_second"]
+    assert f"needs {after['gb']:.2f} GB instead of {before['gb']:.2f}, at {speed:.0%} of the speed" in README
+    text = " ".join(EXERCISES_FILE.split())
+    assert f"drops from {before['gb']:.2f} GB to {after['gb']:.2f} GB, and speed to {speed:.2f} " in text
 
 
 def test_the_trials_are_those_that_bench_py_measured_and_can_measure_again():

@@ -589,7 +589,7 @@ def test_a_dtype_that_does_not_run_on_the_device_is_refused(fails, data, monkeyp
 
 
 def test_a_token_outside_the_vocabulary_ends_the_run(fails, data):
-    tokens = np.memmap("data/text/train.bin", prepare.TOKEN, mode="r+")
+    tokens = np.memmap("data/text/train.bin", prepare.TOKEN_DTYPE, mode="r+")
     tokens[900] = 300
     tokens.flush()
     fails(main, [*QUICK, "--epochs", 1],
