@@ -688,10 +688,10 @@ TRIALS = {
 -        height = min(1.0, left / 0.4)
 +        height = min(1.0, left / 0.65)
 """),
-    "it falls over all of them": ([], ["--schedule", "linear"], "", ""),
-    "it falls along a cosine": ([], ["--schedule", "cosine"], "", ""),
-    "its peak 5e-3": ([], ["--lr", "5e-3"], "", ""),
-    "its peak 1e-2": ([], ["--lr", "1e-2"], "", ""),
+    "the learning rate falls over all steps": ([], ["--schedule", "linear"], "", ""),
+    "the learning rate falls along a cosine": ([], ["--schedule", "cosine"], "", ""),
+    "peak learning rate 5e-3": ([], ["--lr", "5e-3"], "", ""),
+    "peak learning rate 1e-2": ([], ["--lr", "1e-2"], "", ""),
     "four heads": ([], ["--n_head", "4"], "", ""),
     "one head": ([], ["--n_head", "1"], "", ""),
     "an lm_head with weights of its own": ([], [], "gpt.py", """\
@@ -739,7 +739,8 @@ def table_of_trials(results):
     lengths = sorted({result["steps"] for result in results})
     lines = ["| what changed | " + " | ".join(f"{steps:,} steps" for steps in lengths) + " |",
              "|---|" + "---|" * len(lengths)]
-    for what in TRIALS:
+    measured = {result["change"] for result in results}
+    for what in (what for what in TRIALS if what in measured):
         cells = []
         for steps in lengths:
             found = [result["bits_per_byte"] for result in results
