@@ -225,7 +225,7 @@ class State:
     """Where a run stands. last.pt has this, plus weights, optimizers, loss scale, flags and vocabulary."""
     step: int = 0                       # steps done, skipped ones too: the next one's number, from 0
     offset: int = 0                     # sequences read (global_batch_size may change when a run is resumed)
-    skipped: int = 0                    # the last so many steps were all skipped: see update
+    skipped: int = 0                    # consecutive steps that update has skipped
     best_val_loss: float = math.inf     # the lowest so far
 
 
@@ -525,7 +525,7 @@ def seconds_per_step(run, n_steps=5):
 
 
 def load_initial(source, data, sizes):
-    """Returns the model that --init starts from, possibly with another dropout or a shorter block_size.
+    """Returns the model that --init starts from, with the dropout and block_size that the flags ask for.
     Raises UserError if it cannot read this data, or the flags ask for other sizes."""
     model, (tokenizer, vocabulary) = load_model(source)
     if (tokenizer, vocabulary) != (data["tokenizer"], data["vocabulary"]):
