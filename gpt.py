@@ -499,8 +499,8 @@ def from_pretrained(source):
         return model.eval()
     except Exception as error:      # also for a bad folder, or trouble with the Hub
         reason = str(error).partition("\n")[0]
-        raise ModelError(f"{source} is not a GPT-2 in Hugging Face's format, in a folder or on their Hub "
-                         f"({reason})") from error
+        raise ModelError(f"{source} cannot be loaded as Hugging Face's GPT-2 ({reason}): check the folder, "
+                         "or the name and the connection") from error
 
 
 # Methods of GPT, kept out of its class so that it stays short: model.num_params() and so on.

@@ -70,7 +70,7 @@ def learn_vocabulary(word_counts, max_tokens):
     Text is cut into words first, and no token spans two words. Otherwise common phrases such as " of the"
     would use up tokens. This also saves time: a word that occurs a million times is merged once.
 
-    Still, this takes minutes: programs use learn_vocabulary_fast, below, which makes the same merges."""
+    Still, this takes minutes. main uses learn_vocabulary_fast, below, which makes the same merges."""
     # Here a word is a string with one character per token: b"hello" is "hello" at first, and "heĬo" once "ll"
     # is token 300, chr(300). So word.replace(pair, new) merges a pair.
     words = {word.decode("latin-1"): count for word, count in word_counts.items()}
@@ -353,7 +353,7 @@ def find_files(source, folder):
         raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)})")
     if others := set(files) - set(taken):
         kinds = {file.suffix or "no ending" if file.exists() else "broken links" for file in others}
-        note(f"{source}: {len(taken)} files; skipping {len(others)} others ({', '.join(sorted(kinds))})")
+        note(f"{source}: files taken: {len(taken)}, skipped: {len(others)} ({', '.join(sorted(kinds))})")
     return [download(source, folder)] if is_url else taken
 
 

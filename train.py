@@ -727,7 +727,8 @@ def show_sample_and_curves(run):
         with run.log.optional("sample"):
             tokenizer = get_tokenizer(run.data["tokenizer"], run.data["vocabulary"])
             text = "".join(complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50))
-            run.world.print("sample:\n    " + text.strip().replace("\n", "\n    "))
+            text = text.strip() or "(empty: the model ended the document at once)"
+            run.world.print("sample:\n    " + text.replace("\n", "\n    "))
         with run.log.optional("curves"):
             draw_curves(run.args.out)
 

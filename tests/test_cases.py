@@ -235,7 +235,7 @@ def test_linked_folders_are_read_once_hidden_ones_not_and_what_is_left_out_is_sa
     Path("books/dangling.txt").symlink_to("nowhere.txt")
     prepare.prepare(["books"], "data/books", "bytes")
     assert documents("data/books") == ["books/a.txt", "elsewhere/d.txt"]
-    assert "books: 2 files; skipping 3 others (.md, broken links)" in capsys.readouterr().err
+    assert "books: files taken: 2, skipped: 3 (.md, broken links)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["hf:my/corpus", "hf:my/corpus:part"])

@@ -104,7 +104,7 @@ def test_code_that_comes_with_a_model_does_not_run(fails, monkeypatch):
     Path("folder/config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "evil.Evil"}}')
     Path("folder/evil.py").write_text("open('ran', 'w')\nclass Evil: pass\n")
     monkeypatch.setattr("builtins.input", lambda *question: "y")
-    fails(sample.main, ["--checkpoint", "folder"], "folder is not a GPT-2 in Hugging Face's format")
+    fails(sample.main, ["--checkpoint", "folder"], "folder cannot be loaded as Hugging Face's GPT-2")
     assert not Path("ran").exists()
 
 
@@ -176,7 +176,7 @@ def test_a_name_on_the_hub_can_be_sampled_from(hub, gpt2, capsys, name):
 
 def test_a_name_that_is_not_there_is_reported_in_one_line(hub, fails):
     fails(sample.main, ["--checkpoint", "nobody/nothing"],
-          "nobody/nothing is not a GPT-2 in Hugging Face's format, in a folder or on their Hub")
+          "nobody/nothing cannot be loaded as Hugging Face's GPT-2")
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning

@@ -391,7 +391,7 @@ def test_a_hugging_face_folder_may_have_a_whole_number_as_dropout(model, tmp_pat
 def test_a_hugging_face_folder_of_another_kind_is_refused(model, tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ModelError, match="folder is not a GPT-2 in Hugging Face's format"):
+    with pytest.raises(ModelError, match="folder cannot be loaded as Hugging Face's GPT-2"):
         GPT.from_pretrained("folder")
     model.save_pretrained("folder")
     config = tmp_path / "folder" / "config.json"
@@ -403,7 +403,7 @@ def test_a_hugging_face_folder_of_another_kind_is_refused(model, tmp_path):
             ('"n_positions": 16', '"n_positions": 17', "")]:
         assert before in text
         config.write_text(text.replace(before, after))
-        with pytest.raises(ModelError, match=rf"^folder is not a GPT-2 in .* on their Hub \({message}"):
+        with pytest.raises(ModelError, match=rf"^folder cannot be loaded as .* GPT-2 \({message}"):
             GPT.from_pretrained("folder")
 
 
