@@ -127,7 +127,7 @@ def tokenizer_arguments(name, vocabulary=""):
     ranks = {bytes([i]): i for i in range(256)}
     for line in vocabulary.splitlines():
         token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
     return {"name": name, "pat_str": WORD if name == "bpe" else r"[\s\S]", "mergeable_ranks": ranks,
             "special_tokens": {"<|endoftext|>": len(ranks)}}
 
@@ -167,7 +167,8 @@ def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, 
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
         # All tokens are in train.bin now: move the last of them to val.bin.
         n_train = int(n_tokens * (1 - val_fraction))
-        np.memmap(new / "train.bin", TOKEN_DTYPE, mode="r")[n_train:].tofile(new / "val.bin")
+        with open(new / "val.bin", "wb") as file:       # not tofile, which overlooks a full disk
+            file.write(np.memmap(new / "train.bin", TOKEN_DTYPE, mode="r")[n_train:])
         os.truncate(new / "train.bin", n_train * TOKEN_DTYPE.itemsize)
         (new / "vocabulary.tiktoken").write_bytes(vocabulary.encode())
         tokenizer = get_tokenizer(name, vocabulary)
@@ -494,9 +495,9 @@ def new_folder(folder):
             moves += [(new / name, folder / name) for name in names]
             with ExitStack() as undo:
                 for source, target in moves:
-                    if source.exists():
+                    if source.exists():     # first how to undo it, as Ctrl-C may come right after it
+                        undo.callback(lambda a=source, b=target: b.exists() and os.replace(b, a))
                         os.replace(source, target)
-                        undo.callback(os.replace, target, source)
                 undo.pop_all()      # all went well: nothing to undo
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -232,12 +232,15 @@ class State:
 def train(run, told_to_stop):
     """The training loop. run has what set_up made of the flags: model, optimizers, batches and so on.
     wrapped_model is what is trained: model itself, or model in DDP. told_to_stop() is true after Ctrl-C, for
-    example."""
+    example. Returns whether it was."""
     args, world, state = run.args, run.world, run.state
-    while True:
-        # First in the loop, as last.pt is saved before an evaluation: a run killed during it evaluates again.
-        if state.step > 0 and (state.step % args.eval_interval == 0 or state.step == run.total_steps):
-            evaluate_and_save(run)
+    stop_votes = 0
+    while not stop_votes:
+        # First in the loop, so that a run that is killed while it saves or evaluates does so when it resumes.
+        if state.step > 0:
+            save_if_due(run)
+            if state.step % args.eval_interval == 0 or state.step == run.total_steps:
+                evaluate_and_save(run)
         if state.step >= run.total_steps:
             break
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
@@ -254,10 +257,8 @@ def train(run, told_to_stop):
         if state.step in (1, run.total_steps) or state.step % args.log_interval == 0:
             run.log.training(state.step, epoch=state.offset / len(run.batches.sequences), loss=loss, lr=lr,
                              grad_norm=grad_norm, loss_scale=run.scaler.get_scale())
-        save_if_due(run)
-        if stop_votes:
-            break
     save(run, "last.pt")    # also after the last evaluation, which may have changed best_val_loss
+    return stop_votes > 0
 
 
 # ---------------------------------------------------------------------------- Muon (optional)
@@ -343,8 +344,8 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:       # gloo sums numbers on CPUs, nccl gradients on GPUs
             try:
-                store, _, _ = next(dist.rendezvous("env://"))
-            except (ValueError, RuntimeError) as error:
+                store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+            except (ValueError, TypeError, RuntimeError) as error:
                 raise UserError(f"the processes cannot meet at MASTER_ADDR and MASTER_PORT ({error}): use "
                                 "torchrun, or another port") from error
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # survives restarts of ranks
@@ -410,8 +411,8 @@ def check_finite(run, loss, grad_norm, lr):
     if run.state.skipped >= (SKIPS_IN_A_ROW if run.scaler.is_enabled() else 1):
         raise UserError(
             f"step {run.state.step + 1:,} has loss {loss:g} and a gradient of norm {grad_norm:g} at learning "
-            f"rate {lr:.3g} and loss scale {run.scaler.get_scale():g}: restart from the last checkpoint with "
-            "--resume and a lower --lr, or from best.pt with --init")
+            f"rate {lr:.3g} and loss scale {run.scaler.get_scale():g}: use a lower --lr, with --resume to "
+            "continue from last.pt, if there is one, or with --init from best.pt")
 
 
 def check_tokens(ids, vocab_size):
@@ -599,10 +600,13 @@ def save_if_due(run):
     n_sequences = run.args.keep_epochs * len(run.batches.sequences)
     before = (run.state.offset - run.args.global_batch_size) // n_sequences
     now = run.state.offset // n_sequences
-    if now > before or time.monotonic() > run.saved_at + SAVE_SECONDS:
+    name = f"epoch_{now * run.args.keep_epochs:04}.pt"
+    # Whether the last step completed another --keep_epochs epochs. A resumed run may have the file already.
+    is_due = now > before and not Path(run.args.out, name).exists()
+    if is_due or time.monotonic() > run.saved_at + SAVE_SECONDS:
         save(run, "last.pt")    # first, so that there is one to resume if the machine dies in between
-    if now > before:        # the last step completed another --keep_epochs epochs
-        save(run, f"epoch_{now * run.args.keep_epochs:04}.pt")
+    if is_due:
+        save(run, name)
 
 
 def restore(run, meta):
@@ -824,13 +828,14 @@ def make_parser():
 
 
 def parse_args(argv):
-    """Returns the flags, and the checkpoint to continue from, (model, meta), or None. A flag that is not
-    given comes from the run to continue (except those for one start only), else from the recipe, else
-    from the parser. Raises UserError if a new run would overwrite an earlier one."""
+    """Returns the flags, the checkpoint to continue from, (model, meta) or None, and when it was written. A
+    flag that is not given comes from the run to continue (except those for one start only), else from the
+    recipe, else from the parser. Raises UserError if a new run would overwrite an earlier one."""
     parser = make_parser()
     given = parser.parse_args(argv)
     out = given.out or str(Path("out", os.path.basename(os.path.abspath(given.data))))
     last, saved = Path(out, "last.pt"), None
+    written = modified(last)        # asked before it is read, which may take a while
     if last.exists() and given.resume:
         saved = load_checkpoint(last)
         if any(name not in saved[1] for name in ("args", "data", "optimizers", "scaler", *asdict(State()))):
@@ -854,15 +859,18 @@ def parse_args(argv):
     if given.epochs or (given.minutes and not saved):
         defaults = {**defaults, "max_steps": None}      # otherwise the recipe's max_steps would win
     parser.set_defaults(**{**defaults, "out": out})     # flags that are given override these again
-    return parser.parse_args(argv), saved
+    return parser.parse_args(argv), saved, written
+
+
+def modified(path):
+    """When a file was last written, or None."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 @one_line_errors(ModelError, out_of_memory="lower --batch_size, or choose a smaller --model or --block_size")
 @record     # makes torchrun's report say which rank failed, and why
 def main(argv=None):
-    args, saved = parse_args(argv)
-    last = Path(args.out, "last.pt")
-    written = last.exists() and last.stat().st_mtime_ns
+    args, saved, written = parse_args(argv)
     world = World(choose_device(args.device))
     try:
         keep_freed_memory()
@@ -875,13 +883,13 @@ def main(argv=None):
         if args.dry_run or run.state.step > run.total_steps:
             return
         with held(args.out) if world.rank == 0 else nullcontext():
-            if written != (last.exists() and last.stat().st_mtime_ns):
+            if written != modified(Path(args.out, "last.pt")):
                 raise UserError(f"another process has just written to {args.out}: start again")
             run.log = Log(run)
             deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
             received = stop_signals()
-            train(run, lambda: len(received) > 0 or time.monotonic() > deadline)
-        if run.state.step < run.total_steps:
+            stopped = train(run, lambda: len(received) > 0 or time.monotonic() > deadline)
+        if stopped:
             world.print(f"stopped after step {run.state.step:,} of {run.total_steps:,} and saved: the same "
                         "command with --resume continues")
     except OSError as error:

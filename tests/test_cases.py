@@ -1,6 +1,7 @@
 """What happens outside of a laboratory: odd files and names, streams that close, two processes in one folder,
 memory that runs out, and all the ways in which a session ends."""
 
+import io
 import json
 import os
 import signal
@@ -130,11 +131,21 @@ def test_data_are_not_overwritten_unless_that_is_asked_for(fails):
     assert documents("data/books") == ["books/a.txt"]
 
 
-@pytest.mark.parametrize("n_moves", range(8))
-def test_old_data_stay_whole_where_new_data_cannot_take_their_place(fails, monkeypatch, n_moves):
+@pytest.fixture
+def old_data():
+    """A data folder, data/a, and a text for a new one. Returns the contents of the files in data/a."""
     Path("a.txt").write_text("old")
     prepare.main(["a.txt", "--tokenizer", "bytes"])
-    before = {path.name: path.read_bytes() for path in Path("data/a").iterdir()}
+    Path("a.txt").write_text("new")
+    return contents("data/a")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("n_moves", range(8))
+def test_old_data_stay_whole_where_new_data_cannot_take_their_place(fails, old_data, monkeypatch, n_moves):
     replace, moved = os.replace, []
 
     def limited(source, target):
@@ -145,9 +156,38 @@ def test_old_data_stay_whole_where_new_data_cannot_take_their_place(fails, monke
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", limited)
-    Path("a.txt").write_text("new")
     fails(prepare.main, ["a.txt", "--tokenizer", "bytes", "--overwrite"], "Operation not permitted")
-    assert {path.name: path.read_bytes() for path in Path("data/a").iterdir()} == before
+    assert contents("data/a") == old_data
+
+
+@pytest.mark.parametrize("n_moves", range(8))
+def test_old_data_stay_whole_where_a_signal_comes_during_a_move(old_data, monkeypatch, n_moves):
+    replace, moved = os.replace, []
+
+    def interrupted(source, target):
+        replace(source, target)
+        moved.append(source)
+        if len(moved) == n_moves + 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["a.txt", "--tokenizer", "bytes", "--overwrite"])
+    assert stop.value.code == 130 and contents("data/a") == old_data
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_old_data_stay_whole_where_the_disk_is_full(fails, old_data, monkeypatch, name):
+    real_open = io.open
+
+    def full(path, mode="r", *args, **options):
+        is_new = str(path).endswith(f"unfinished/{name}") and "w" in mode
+        return real_open("/dev/full" if is_new else path, mode, *args, **options)
+
+    monkeypatch.setattr("builtins.open", full)
+    monkeypatch.setattr("io.open", full)
+    fails(prepare.main, ["a.txt", "--tokenizer", "bytes", "--overwrite"], "No space left on device")
+    assert contents("data/a") == old_data
 
 
 @pytest.mark.parametrize("name", ["..", "../corpus", ".", "a/../../corpus", "a/.unfinished"])
@@ -171,6 +211,21 @@ def test_a_run_that_another_process_has_meanwhile_written_is_not_overwritten(fai
     monkeypatch.setattr(train, "set_up", slow)
     fails(train.main, [*QUICK, "--out", "out/text", "--max_steps", "1"], "another process has just written")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_checkpoint_that_changes_while_it_is_read_is_not_overwritten(fails, data, monkeypatch):
+    run("--max_steps", 1)
+    load = train.load_checkpoint
+
+    def slow(path):
+        loaded = load(path)
+        os.utime(path, (1, 1))
+        return loaded
+
+    monkeypatch.setattr(train, "load_checkpoint", slow)
+    fails(train.main, [*RESUME, "--max_steps", "2"], "another process has just written to out/text")
+
 
 
 def test_an_export_does_not_overwrite(fails, checkpoint, data):

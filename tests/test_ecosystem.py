@@ -77,7 +77,8 @@ def test_an_exported_model_comes_back_with_its_tokenizer(model, gpt2, tokenizer)
     assert sample.load_model("folder")[1] == (tokenizer, "")
 
 
-@pytest.mark.parametrize("damaged", [b"hello\n", b"\xff\xfe", b"IQ== 257\nIg== 257\n", b"IQ== 25"])
+@pytest.mark.parametrize("damaged", [b"hello\n", b"\xff\xfe", b"IQ== 257\nIg== 257\n", b"IQ== 25",
+                                     b"!!!! 256\n"])
 def test_a_damaged_vocabulary_of_an_exported_model_is_called_so(model, fails, damaged):
     sample.export(model, ("bytes", ""), "folder")
     Path("folder/vocabulary.tiktoken").write_bytes(damaged)

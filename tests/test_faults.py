@@ -119,7 +119,7 @@ def test_weights_that_are_not_finite_end_the_run(fails, data, monkeypatch, dtype
     at_step(monkeypatch, 3, spoil)
     fails(main, [*QUICK, "--dtype", dtype, "--max_steps", 9, "--eval_interval", 2],
           "step 3 has loss nan and a gradient of norm nan at learning rate 0.00875 and loss scale 1: "
-          "restart from the last checkpoint with --resume and a lower --lr")
+          "use a lower --lr, with --resume to continue from last.pt")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 

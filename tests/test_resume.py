@@ -177,7 +177,7 @@ def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
 
 def test_a_resumed_run_keeps_its_flags_but_for_those_that_are_given_and_the_device(data):
     run("--max_steps", 1, "--lr", 3e-3, "--device", "cpu")
-    args, (_, meta) = train.parse_args([*RESUME, "--min_lr", "1e-4"])
+    args, (_, meta), _ = train.parse_args([*RESUME, "--min_lr", "1e-4"])
     assert (args.lr, args.min_lr, args.max_steps, args.model) == (3e-3, 1e-4, 1, "tiny")
     assert args.device is None and args.out == "out/text" and meta["step"] == 1
 
@@ -236,6 +236,33 @@ def test_there_is_a_last_checkpoint_to_resume_whenever_one_was_kept(data, monkey
     monkeypatch.setattr(train, "save", lambda run, name: saved.append(name) or save(run, name))
     run("--keep_epochs", 1, "--epochs", 2, "--eval_interval", 1000)
     assert saved[:4] == ["last.pt", "epoch_0001.pt", "last.pt", "epoch_0002.pt"]
+
+
+def test_a_checkpoint_to_keep_that_could_not_be_written_comes_with_the_resumed_run(data, monkeypatch, fails):
+    run("--keep_epochs", 1, "--epochs", 2, out="out/whole")
+    save = train.save
+
+    def failing(run, name):
+        if name == "epoch_0001.pt":
+            raise OSError(28, "No space left on device")
+        save(run, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", failing)
+        fails(main, [*QUICK, "--out", "out/text", "--keep_epochs", 1, "--epochs", 2], "No space left")
+    main(RESUME)
+    for name in ("epoch_0001.pt", "epoch_0002.pt"):
+        kept, of_whole = (gpt.load_checkpoint(f"out/{out}/{name}") for out in ("text", "whole"))
+        assert same_weights(kept[0], of_whole[0]) and identical(kept[1], of_whole[1])
+
+
+def test_a_run_that_is_stopped_in_its_last_step_says_so_and_evaluates_when_it_is_resumed(data, capsys):
+    run("--max_steps", 1, "--max_minutes", 1e-9)
+    assert "stopped after step 1 of 1 and saved" in capsys.readouterr().out
+    assert not Path("out/text/best.pt").exists()
+    main(RESUME)
+    assert "stopped" not in capsys.readouterr().out
+    assert [row["step"] for row in log() if "val_loss" in row] == [1]
 
 
 def test_no_more_than_20_checkpoints_are_kept_unless_that_is_asked_for(data):
