@@ -598,7 +598,7 @@ def save(run, name):
 def save_if_due(run):
     """Saves last.pt every ten minutes, and a checkpoint to keep every --keep_epochs epochs."""
     n_sequences = run.args.keep_epochs * len(run.batches.sequences)
-    before = (run.state.offset - run.args.global_batch_size) // n_sequences
+    before = max(0, run.state.offset - run.args.global_batch_size) // n_sequences
     now = run.state.offset // n_sequences
     name = f"epoch_{now * run.args.keep_epochs:04}.pt"
     # Whether the last step completed another --keep_epochs epochs. A resumed run may have the file already.

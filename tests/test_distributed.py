@@ -71,6 +71,7 @@ def test_two_ranks_continue_with_a_larger_global_batch_size_than_all_they_have_r
     flags = ["--batch_size", 2, "--out", "out/text"]
     train(2, *flags, "--global_batch_size", 4, "--max_steps", 1)
     assert "step 2/2" in train(2, *flags, "--global_batch_size", 64, "--max_steps", 2, "--resume")
+    assert not list(Path("out/text").glob("epoch_*.pt"))
 
 
 def test_three_ranks_resume_bit_for_bit(data):
