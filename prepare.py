@@ -70,7 +70,7 @@ def learn_vocabulary(word_counts, max_tokens):
     Text is cut into words first, and no token spans two words. Otherwise common phrases such as " of the"
     would use up tokens. This also saves time: a word that occurs a million times is merged once.
 
-    Still, this takes minutes. main uses learn_vocabulary_fast, below, which makes the same merges."""
+    Still, this takes minutes: the program uses learn_vocabulary_fast, below, which makes the same merges."""
     # Here a word is a string with one character per token: b"hello" is "hello" at first, and "heĬo" once "ll"
     # is token 300, chr(300). So word.replace(pair, new) merges a pair.
     words = {word.decode("latin-1"): count for word, count in word_counts.items()}
@@ -495,7 +495,7 @@ def new_folder(folder):
             moves += [(new / name, folder / name) for name in names]
             with ExitStack() as undo:
                 for source, target in moves:
-                    if source.exists():     # first how to undo it, as Ctrl-C may come right after it
+                    if source.exists():     # say first how to undo it: Ctrl-C may come right after it
                         undo.callback(lambda a=source, b=target: b.exists() and os.replace(b, a))
                         os.replace(source, target)
                 undo.pop_all()      # all went well: nothing to undo

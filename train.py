@@ -828,16 +828,17 @@ def make_parser():
 
 
 def parse_args(argv):
-    """Returns the flags, the checkpoint to continue from, (model, meta) or None, and when it was written. A
-    flag that is not given comes from the run to continue (except those for one start only), else from the
-    recipe, else from the parser. Raises UserError if a new run would overwrite an earlier one."""
+    """Returns the flags, and the checkpoint to continue from, (model, meta), or None. A flag that is not
+    given comes from the run to continue (except those for one start only), else from the recipe, else
+    from the parser. Raises UserError if a new run would overwrite an earlier one."""
     parser = make_parser()
     given = parser.parse_args(argv)
     out = given.out or str(Path("out", os.path.basename(os.path.abspath(given.data))))
     last, saved = Path(out, "last.pt"), None
-    written = modified(last)        # asked before it is read, which may take a while
     if last.exists() and given.resume:
+        written = modified(last)        # asked before reading it, which may take a while
         saved = load_checkpoint(last)
+        saved[1]["written"] = written
         if any(name not in saved[1] for name in ("args", "data", "optimizers", "scaler", *asdict(State()))):
             raise UserError(f"{last} cannot be resumed: it has weights, but no state of a run. Start from it "
                             "with --init")
@@ -859,7 +860,7 @@ def parse_args(argv):
     if given.epochs or (given.minutes and not saved):
         defaults = {**defaults, "max_steps": None}      # otherwise the recipe's max_steps would win
     parser.set_defaults(**{**defaults, "out": out})     # flags that are given override these again
-    return parser.parse_args(argv), saved, written
+    return parser.parse_args(argv), saved
 
 
 def modified(path):
@@ -870,7 +871,8 @@ def modified(path):
 @one_line_errors(ModelError, out_of_memory="lower --batch_size, or choose a smaller --model or --block_size")
 @record     # makes torchrun's report say which rank failed, and why
 def main(argv=None):
-    args, saved, written = parse_args(argv)
+    args, saved = parse_args(argv)
+    written = saved and saved[1]["written"]
     world = World(choose_device(args.device))
     try:
         keep_freed_memory()

@@ -199,8 +199,8 @@ def test_in_float16_the_run_ends_after_20_skipped_steps_in_a_row(fails, data, mo
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0 ** 60))
     fails(main, [*QUICK, "--dtype", "float16", "--max_steps", 50, "--log_interval", 1],
-          "and a gradient of norm nan at learning rate 0.00689 and loss scale 1.09951e+12: restart from the "
-          "last checkpoint with --resume")
+          "and a gradient of norm nan at learning rate 0.00689 and loss scale 1.09951e+12: use a lower "
+          "--lr, with --resume to continue from last.pt")
     assert [row["loss_scale"] for row in log()] == [2.0 ** (60 - step) for step in range(1, 20)]
 
 

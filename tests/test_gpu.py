@@ -115,7 +115,7 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_more_processes_than_gpus_are_refused_by_each_rank_without_waiting(gpus, monkeypatch, rank):
     gpus(1, rank, of=2)
-    monkeypatch.setattr(dist, "rendezvous", lambda url: pytest.fail("it waits for the others"))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: pytest.fail("it waits for the others"))
     with pytest.raises(prepare.UserError) as error:
         train.World(torch.device("cuda"))
     assert str(error.value) == ("2 processes need as many GPUs, but there are 1: use torchrun "
@@ -127,7 +127,7 @@ def test_where_there_is_no_nccl_gloo_does_its_work(gpus, monkeypatch, nccl, back
     gpus(2, 1, of=2)
     begun = []
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(None, 1, 2)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(None, 1, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda name, **options: begun.append(name))
     assert train.World(torch.device("cuda")).device == torch.device("cuda", 1) and begun == [backend]
 

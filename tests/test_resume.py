@@ -177,7 +177,7 @@ def test_a_resumed_run_does_not_overwrite_a_better_checkpoint(data):
 
 def test_a_resumed_run_keeps_its_flags_but_for_those_that_are_given_and_the_device(data):
     run("--max_steps", 1, "--lr", 3e-3, "--device", "cpu")
-    args, (_, meta), _ = train.parse_args([*RESUME, "--min_lr", "1e-4"])
+    args, (_, meta) = train.parse_args([*RESUME, "--min_lr", "1e-4"])
     assert (args.lr, args.min_lr, args.max_steps, args.model) == (3e-3, 1e-4, 1, "tiny")
     assert args.device is None and args.out == "out/text" and meta["step"] == 1
 

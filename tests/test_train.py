@@ -303,7 +303,7 @@ def test_without_flags_and_without_a_gpu_it_trains_nano_and_says_why(data, capsy
 
 
 def test_gpt2_92m_is_trained_with_the_defaults_of_the_parser():
-    args, saved, _ = train.parse_args(["--model", "gpt2-92m"])
+    args, saved = train.parse_args(["--model", "gpt2-92m"])
     assert (args.epochs, args.max_steps, args.lr, args.schedule, args.batch_size) == (
         20.0, None, 6e-4, "linear", 16)
     assert (args.out, saved) == (str(Path("out/python")), None)
