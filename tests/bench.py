@@ -126,6 +126,11 @@ def write_rows(name, rows):
     Path(ROOT, "docs", name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def read_rows(name):
+    """The dictionaries that write_rows wrote."""
+    return [json.loads(line) for line in Path(ROOT, "docs", name).read_text(encoding="utf-8").splitlines()]
+
+
 # -------------------------------------------------------------------------------------------- the machine
 
 def limits(device):
@@ -544,8 +549,7 @@ def bench_vocabulary(repeats):
 
     def ours():
         started = time.perf_counter()
-        counts = Counter(word.encode() for text in texts for word in regex.findall(prepare.WORD, text))
-        prepare.learn_vocabulary_fast(counts, 2047)
+        prepare.learn_vocabulary_fast(prepare.count_words(texts), 2047)
         return time.perf_counter() - started
 
     def theirs():
@@ -716,8 +720,7 @@ def bench_trials(steps, seeds):
     seeds, and writes the results into docs/trials.jsonl and docs/benchmarks.md. What trials.jsonl has already
     is not trained again."""
     from test_readme import copy_of_the_programs
-    path = Path(ROOT, "docs", "trials.jsonl")
-    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    results = read_rows("trials.jsonl") if Path(ROOT, "docs", "trials.jsonl").exists() else []
     done = [(result["change"], result["steps"], result["seed"]) for result in results]
     for seed, (what, (prepare_flags, train_flags, file, diff)) in itertools.product(seeds, TRIALS.items()):
         if (what, steps, seed) in done:
@@ -739,8 +742,7 @@ def table_of_trials(results):
     lengths = sorted({result["steps"] for result in results})
     lines = ["| what changed | " + " | ".join(f"{steps:,} steps" for steps in lengths) + " |",
              "|---|" + "---|" * len(lengths)]
-    measured = {result["change"] for result in results}
-    for what in (what for what in TRIALS if what in measured):
+    for what in sorted({result["change"] for result in results}, key=list(TRIALS).index):
         cells = []
         for steps in lengths:
             found = [result["bits_per_byte"] for result in results

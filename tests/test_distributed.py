@@ -184,14 +184,15 @@ def test_ctrl_c_under_torchrun_stops_all_ranks_after_the_step(data):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == step > 0
 
 
-def test_a_rank_that_fails_ends_the_run_and_torchrun_names_it_and_the_reason(data):
-    result = torchrun("--max_steps", 9, "--eval_interval", 2,
-                      first=acting("raise train.UserError('the data is damaged')"))
+@pytest.mark.parametrize("action, says", [
+    ("raise train.UserError('the data is damaged')", "UserError: the data is damaged"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL) received by PID")])
+def test_a_rank_that_fails_ends_the_run_and_torchrun_names_it_and_the_reason(data, action, says):
+    result = torchrun("--max_steps", 9, "--eval_interval", 2, first=acting(action))
     assert result.returncode != 0
     cause = result.stderr.partition("Root Cause (first observed failure):")[2]
-    assert "rank      : 1 (local_rank: 1)" in cause, result.stderr
-    assert "UserError: the data is damaged" in cause
-    assert "error: the data is damaged" in result.stderr.splitlines()
+    assert "rank      : 1 (local_rank: 1)" in cause and says in cause, result.stderr
+    assert ("error: the data is damaged" in result.stderr.splitlines()) == ("damaged" in says)
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 

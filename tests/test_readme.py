@@ -81,21 +81,20 @@ def test_the_loop_of_the_readme_gives_the_losses_of_train_py(monkeypatch):
 
 
 def test_the_figures_of_the_quickstart_are_those_that_bench_py_measured():
-    rows = [json.loads(line) for line in (ROOT / "docs" / "quickstart.jsonl").read_text().splitlines()]
+    rows = bench.read_rows("quickstart.jsonl")
     for step in {row["step"] for row in rows}:
         found = [row["bits_per_byte"] for row in rows if row["step"] == step]
         assert f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}" in README
 
 
 def test_the_results_of_the_exercises_are_those_that_bench_py_measured():
-    for line in (ROOT / "docs" / "exercises.jsonl").read_text().splitlines():
-        result = json.loads(line)
+    for result in bench.read_rows("exercises.jsonl"):
         assert f"{result['bits_per_byte']:.3f}" in README, result["change"]
         assert f"{result['bits_per_byte']:.3f}" in EXERCISES_FILE, result["change"]
 
 
 def test_gradient_checkpointing_saves_the_memory_that_bench_py_measured():
-    rows = [json.loads(line) for line in (ROOT / "docs" / "exercises.jsonl").read_text().splitlines()]
+    rows = bench.read_rows("exercises.jsonl")
     before, after = (row for row in rows if "gb" in row)
     speed = after["tokens_per_second"] / before["tokens_per_second"]
     assert f"needs {after['gb']:.2f} GB instead of {before['gb']:.2f}, at {speed:.0%} of the speed" in README
@@ -104,7 +103,7 @@ def test_gradient_checkpointing_saves_the_memory_that_bench_py_measured():
 
 
 def test_the_trials_are_those_that_bench_py_measured_and_can_measure_again():
-    results = [json.loads(line) for line in (ROOT / "docs" / "trials.jsonl").read_text().splitlines()]
+    results = bench.read_rows("trials.jsonl")
     assert {result["change"] for result in results} <= set(bench.TRIALS)
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert "<!-- trials -->\n" + "\n".join(bench.table_of_trials(results)) in text
