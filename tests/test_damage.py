@@ -113,7 +113,7 @@ def test_model_folders(model):
     transformers = pytest.importorskip("transformers")
     model.save_pretrained("folder")
     path, ids, n_loaded = Path("folder", "config.json"), torch.arange(16).unsqueeze(0), 0
-    for _ in damages_of_json(path, 150):
+    for _ in damages_of_json(path, 80):
         if not refused(gpt.ModelError, gpt.GPT.from_pretrained, "folder"):
             n_loaded += 1
             loaded, values = gpt.GPT.from_pretrained("folder"), json.loads(path.read_text())
@@ -124,7 +124,7 @@ def test_model_folders(model):
             theirs = transformers.GPT2LMHeadModel.from_pretrained("folder", dtype=torch.float32).eval()
             with torch.no_grad():
                 assert torch.allclose(loaded(ids), theirs(ids).logits, atol=1e-3)
-    assert 30 < n_loaded < 120
+    assert 15 < n_loaded < 65
 
 
 def test_weights_of_model_folders(model):
@@ -133,7 +133,7 @@ def test_weights_of_model_folders(model):
     path, choose = Path("folder", "model.safetensors"), random.Random(1)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    for _ in range(200):
+    for _ in range(100):
         path.write_bytes(damaged(whole[:header], choose) + whole[header:])
         if not refused(gpt.ModelError, gpt.GPT.from_pretrained, "folder"):
             assert gpt.GPT.from_pretrained("folder").config == model.config

@@ -1,7 +1,6 @@
 """Several ranks, on the CPU. conftest.ranks starts them, or torchrun where it is torchrun that is tested."""
 
 import contextlib
-import functools
 import itertools
 import os
 import re
@@ -17,6 +16,7 @@ from conftest import ROOT, free_port, log, ranks, same_weights
 from processes import BARE
 
 import gpt
+import processes
 
 FLAGS = ["--data", "data/text", "--block_size", "32", "--dtype", "float32", "--log_interval", "1"]
 
@@ -105,15 +105,14 @@ def test_two_ranks_do_not_overwrite_an_earlier_run(data):
 # ----------------------------------------------------------------------------------------- faults of a rank
 
 def acting(action, patience=30):
-    """Code that lets rank 1 do something in the middle of step 4, unless torchrun has started it again."""
+    """Code that lets rank 1 do something in the middle of its fourth step."""
     return f"""
 import os, signal, time
 from datetime import timedelta
 
 def acting_backward(*args, backward=train.backward, calls=[]):
     calls.append(args)
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if len(calls) == 4 and os.environ["RANK"] == "1" and not again:
+    if len(calls) == 4 and os.environ["RANK"] == "1":
         {action}
     try:
         return backward(*args)
@@ -166,8 +165,8 @@ def script(first=""):
     return "script.py"
 
 
-def torchrun(*flags, first="", options=()):
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *options, script(first), *FLAGS, *flags]
+def torchrun(*flags, first=""):
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", script(first), *FLAGS, *flags]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100,
                           env=ENVIRONMENT)
 
@@ -184,62 +183,72 @@ def test_ctrl_c_under_torchrun_stops_all_ranks_after_the_step(data):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == step > 0
 
 
-@pytest.mark.parametrize("action, says", [
-    ("raise train.UserError('the data is damaged')", "UserError: the data is damaged"),
-    ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL) received by PID")])
-def test_a_rank_that_fails_ends_the_run_and_torchrun_names_it_and_the_reason(data, action, says):
-    result = torchrun("--max_steps", 9, "--eval_interval", 2, first=acting(action))
+def test_a_rank_that_fails_ends_the_run_and_torchrun_names_it_and_the_reason(data):
+    result = torchrun("--max_steps", 9, "--eval_interval", 2,
+                      first=acting("raise train.UserError('the data is damaged')"))
     assert result.returncode != 0
     cause = result.stderr.partition("Root Cause (first observed failure):")[2]
-    assert "rank      : 1 (local_rank: 1)" in cause and says in cause, result.stderr
-    assert ("error: the data is damaged" in result.stderr.splitlines()) == ("damaged" in says)
+    assert "rank      : 1 (local_rank: 1)" in cause and "UserError: the data is damaged" in cause
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: the data is damaged"]
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
-FAULTY = ["--max_steps", 6, "--eval_interval", 2, "--dropout", 0.1, "--batch_size", 4]
+FAULTY = ["--max_steps", 9, "--eval_interval", 2, "--dropout", 0.1, "--batch_size", 4]
+
+
+@contextlib.contextmanager
+def machine(output, n_machines, first, **options):
+    """Starts what torchrun is once it has imported torch: a process that starts and watches its ranks."""
+    process = processes.start(
+        ROOT, [*FLAGS, *FAULTY, "--resume"], Path.cwd(), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, output,
+        BARE + first, {"min_nodes": n_machines, "max_nodes": n_machines, **options})
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 def test_torchrun_returns_a_run_whose_worker_was_killed_to_its_last_checkpoint(data):
     train(2, "--out", "out/whole", *FAULTY)
-    result = torchrun(*FAULTY, "--resume", options=["--max_restarts=1"],
-                      first=acting("os.kill(os.getpid(), signal.SIGKILL)"))
-    assert result.returncode == 0, result.stderr
-    assert "failed (exitcode: -9) local_rank: 1" in result.stderr
-    assert "6 steps, 3.43 epochs, 2 of them done" in result.stdout
-    assert [row["step"] for row in log() if "loss" in row] == [1, 2, 3, 3, 4, 5, 6]
+    # Its fourth step is step 4 at first, and then, as it continues from step 2, step 6.
+    with machine("output", 1, acting("os.kill(os.getpid(), signal.SIGKILL)"), nproc_per_node=2,
+                 rdzv_endpoint="localhost:0", max_restarts=1) as process:
+        process.join(100)
+    assert process.exitcode == 1
+    assert "9 steps, 5.14 epochs, 2 of them done" in Path("output.out").read_text()
+    cause = Path("output.err").read_text().partition("Root Cause (first observed failure):")[2]
+    assert "rank      : 1 (local_rank: 1)" in cause and "Signal 9 (SIGKILL) received by PID" in cause
+    train(2, *FAULTY, "--resume")
+    assert [row["step"] for row in log() if "loss" in row] == [1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 9]
     assert same_weights(last("out/whole"), last("out/text"))
 
 
 def test_a_machine_that_dies_and_comes_back_joins_the_run_again_at_its_last_checkpoint(data):
-    # A torchrun stands for each of two machines. Rank 1, on the second one, takes its machine down with it.
+    # A process stands for each of two machines. Rank 1, on the second one, takes its machine down with it.
     train(2, "--out", "out/whole", *FAULTY)
     die = acting("os.path.exists('died') or (open('died', 'w').close(), "
                  "os.kill(os.getppid(), signal.SIGKILL), os.kill(os.getpid(), signal.SIGKILL))")
     port = free_port()
-    machine = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-               f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=job", "--rdzv_conf=keep_alive_interval=1",
-               "--max_restarts=3", script(die), *FLAGS, "--resume", *map(str, FAULTY)]
-    start = functools.partial(subprocess.Popen, machine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, env={**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    options = {"first": die, "nproc_per_node": 1, "rdzv_endpoint": f"127.0.0.1:{port}",
+               "rdzv_configs": {"keep_alive_interval": 1}}
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(start())
-        stack.callback(first.kill)
+        first = stack.enter_context(machine("first", 2, **options))
         while True:     # until it listens
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.1)
-        start().wait(timeout=100)
-        second = stack.enter_context(start())
-        stack.callback(second.kill)
-        outputs = [process.communicate(timeout=100)[0] for process in (first, second)]
-    assert first.returncode == second.returncode == 0, outputs
-    assert "6 steps, 3.43 epochs, 2 of them done" in outputs[0]
+        stack.enter_context(machine("lost", 2, **options)).join(100)
+        second = stack.enter_context(machine("second", 2, **options))
+        for process in (first, second):
+            process.join(100)
+    assert first.exitcode == second.exitcode == 0, Path("first.err").read_text()
+    assert "9 steps, 5.14 epochs, 2 of them done" in Path("first.out").read_text()
     assert same_weights(last("out/whole"), last("out/text"))
 
 
 def test_two_ranks_end_on_a_users_mistake_with_its_one_line(data):
-    result = torchrun("--global_batch_size", 7)
-    assert result.returncode != 0
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert lines and set(lines) == {
-        "error: --global_batch_size 7 is not a multiple of 2, the number of processes: change one of them"}
+    for rank in ranks(2, *FLAGS, "--global_batch_size", 7):
+        assert rank.returncode == 2 and rank.stderr == (
+            "error: --global_batch_size 7 is not a multiple of 2, the number of processes: change one of "
+            "them\n")

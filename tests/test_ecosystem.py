@@ -126,8 +126,8 @@ def test_each_model_continues_in_transformers_as_it_does_here(name):
     with torch.no_grad():
         logits = model(ids)
         assert torch.allclose(logits, theirs(ids).logits, atol=1e-4 * logits.abs().max())
-    here = torch.stack(list(model.generate(ids, 64, temperature=0)), dim=1)
-    there = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
+    here = torch.stack(list(model.generate(ids, 24, temperature=0)), dim=1)
+    there = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
                             eos_token_id=None, pad_token_id=0)
     assert here.tolist() == there[:, 9:].tolist()
 

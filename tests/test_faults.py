@@ -66,7 +66,7 @@ def test_max_minutes_stops_on_the_clock(data, capsys):
 
 
 def test_killed_at_any_moment_a_run_can_be_resumed_and_is_the_same_in_the_end():
-    kill.main(["--times", "4"])     # by itself, kill.py does so 50 times
+    kill.main(["--times", "3"])     # by itself, kill.py does so 50 times
 
 
 # ------------------------------------------------------------------------------------------------- disks
