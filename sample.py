@@ -70,6 +70,7 @@ def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
     def shown(token):
         return repr(token_text(tokenizer, token))
 
+    note("probability, token, its likeliest rivals; > marks new tokens")
     ids = encode_prompt(tokenizer, prompt)
     n_prompt = min(len(ids), model.config.block_size)
     for i, (token, row) in enumerate(

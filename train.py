@@ -631,15 +631,15 @@ def describe(run, dtype):
     """Prints what this run will do, and in a dry run, how much time and memory that would take."""
     args, batches, sequences, done = run.args, run.batches, run.batches.sequences, run.state.step
     epochs = (run.state.offset + (run.total_steps - done) * args.global_batch_size) / len(sequences)
-    tokens_per_step = args.global_batch_size * args.block_size
+    tokens_per_step, size = args.global_batch_size * args.block_size, batches.micro_batch_size
     run.world.print(
         f"training {args.init or args.model} on {run.world.device.type} in {str(dtype)[6:]} ("
         f"{'' if torch.cuda.is_available() else 'no '}CUDA GPU available); "
         f"{'nothing is written' if args.dry_run else f'writing to {args.out}'}\n"
         f"{run.model.num_params():,} parameters; {args.data}: {len(sequences):,} sequences of "
         f"{args.block_size} tokens\n"
-        f"each step: {run.world.size} processes x {batches.share // batches.micro_batch_size} micro-batches "
-        f"x {batches.micro_batch_size} sequences = {tokens_per_step:,} tokens\n"
+        f"{tokens_per_step:,} tokens per step: {run.world.size} (processes) x {batches.share // size} "
+        f"(micro-batches) x {size} (sequences) x {args.block_size}\n"
         f"{run.total_steps:,} steps, {epochs:.2f} epochs{f', {done:,} of them done' if args.resume else ''}")
     if done >= run.total_steps:
         run.world.print("all steps are done: raise --max_steps or --epochs to train further")

@@ -24,7 +24,7 @@ def test_a_dry_run_reports_the_size_the_cost_and_the_time_and_writes_nothing(for
     assert re.match(r"training tiny on cpu in float32 \(.* GPU available\); nothing is written\n", says)
     assert not Path("out").exists()
     assert f"{gpt.GPT(tiny).num_params():,} parameters; data/text: 112 sequences of 16 tokens\n" in says
-    assert "each step: 1 processes x 1 micro-batches x 4 sequences = 64 tokens\n" in says
+    assert "64 tokens per step: 1 (processes) x 1 (micro-batches) x 4 (sequences) x 16\n" in says
     assert "\n200 steps, 7.14 epochs\n" in says
     assert re.search(r"\n[\d,]+ tokens/s; \d+s for all steps, .*; at least [\d.]+ GB in each process\n$",
                      says)
