@@ -11,9 +11,10 @@ number below V, made from text by prepare.py. Logits are scores, one per token, 
 probabilities. Layers are named as in OpenAI's release: wte has a learned vector for each token, wpe one for
 each position, h holds the blocks, and c_attn, c_fc and c_proj are linear layers.
 
-GELU, attention, cross-entropy and LayerNorm exist twice: as formulas, for reading, and as kernels below the
-banner, which are faster and agree up to rounding. GPT(config) uses the kernels, GPT(config, fused=False) the
-formulas; layers get them as `ops`. Left out: training, text, and architectures newer than GPT-2.
+There are two versions of GELU, attention, cross-entropy and LayerNorm: formulas, for reading, and kernels,
+below the banner, which are faster and agree up to rounding. GPT(config) uses the kernels, GPT(config,
+fused=False) the formulas; each layer is handed one set, called `ops`. Left out: training, text, and newer
+architectures.
 """
 
 import math
@@ -86,16 +87,16 @@ def attention(q, k, v, dropout):
     weight on one position.
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
-    minus infinity, which the softmax turns into a weight of 0. Left: 3 positions.
+    minus infinity, which the softmax turns into a weight of 0 (in the kernel, is_causal does that):
 
-    In generation, only the T newest positions ask. k and v, (B, H, S, D), also have the earlier positions',
-    which KVCache kept. Right: 1 new position after 3 earlier ones, from which nothing is hidden.
-
+            training, T = S = 3                 generation, T = 1, S = 4
                     key 0  1  2                           key 0  1  2  3
         query 0         .  x  x            query 3            .  .  .  .
         query 1         .  .  x
         query 2         .  .  .
-    """
+
+    In generation, only the T new positions make queries. The keys and values of all S positions, (B, H, S,
+    D), come from KVCache, which kept the earlier ones."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                         # (B, H, T, D) -> (B, H, T, S)
     key = torch.arange(S, device=q.device)      # the positions of the keys,
@@ -106,9 +107,9 @@ def attention(q, k, v, dropout):
 
 def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
-    bits). targets are (B, T), x (B, T, C) is the output of ln_f, and weight is lm_head's. The logits are
-    made here rather than passed in, because the kernel makes them a part at a time."""
-    logits = F.linear(x, weight)[..., :vocab_size]                          # (B, T, C) -> (B, T, V)
+    bits). targets are (B, T), x (B, T, C) is the output of ln_f, and weight is lm_head's. The last step of
+    the model, from x to logits, is done in here, so that the kernel can do it in chunks."""
+    logits = F.linear(x, weight)[..., :vocab_size]      # without padding: (B, T, C) -> (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
 
@@ -194,7 +195,7 @@ class GPT(nn.Module):
     """model(ids) returns logits, model(ids, targets) the mean loss; model.generate(ids, n) continues ids.
 
     GPUs prefer matrix sizes that are multiples of 64, and 50,257 is not. So the vocabulary is padded with
-    tokens of probability 0. They are never sampled, and not counted in loss, parameter count or export."""
+    dummy tokens. They get probability 0, and do not count in the loss, the parameter count or an export."""
 
     def __init__(self, config, fused=True):
         super().__init__()
@@ -255,7 +256,7 @@ class GPT(nn.Module):
 
         The model sees at most block_size tokens. When the caches are full, they are cleared, and the newest
         block_size / 2 tokens are read again, as positions 0, 1, 2 and so on. Dropping just the oldest token
-        would move all others down one position, and so change all their keys and values, at each token."""
+        would move all others down one position: the whole cache would have to be computed again."""
         block_size = self.config.block_size
         unread = ids[:, -block_size:]       # the tokens that are not in the caches yet
         caches = [KVCache(self, batch_size=len(ids)) for _ in self.h]
@@ -306,7 +307,7 @@ def next_token(logits, temperature, top_k, top_p, generator):
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         reached = probabilities.cumsum(-1) >= top_p
-        probabilities[:, 1:][reached[:, :-1]] = 0       # those before it are enough
+        probabilities[:, 1:][reached[:, :-1]] = 0       # drop a token if those before it already reach p
     choice = torch.multinomial(probabilities, 1, generator=generator)       # rescales them to sum to 1
     return tokens.gather(1, choice).squeeze(1)                              # (B, 1) -> (B,)
 

@@ -71,8 +71,8 @@ def learn_vocabulary(word_counts, max_tokens):
     would use up tokens. This also saves time: a word that occurs a million times is merged once.
 
     Still, this takes minutes: the program uses learn_vocabulary_fast, below, which makes the same merges."""
-    # Here a word is a string with one character per token: b"hello" is "hello" at first, and "heĬo" once "ll"
-    # is token 300, chr(300). So word.replace(pair, new) merges a pair.
+    # Here a word is a string in which chr(n) stands for token n, so that word.replace(pair, new) merges a
+    # pair. b"hello" is "hello" at first, and "heĬo" once "ll" is token 300.
     words = {word.decode("latin-1"): count for word, count in word_counts.items()}
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < max_tokens:
@@ -80,6 +80,7 @@ def learn_vocabulary(word_counts, max_tokens):
         for word, count in words.items():
             for pair in pairs(word):
                 pair_counts[pair] += count
+        # The highest count, then the lowest numbers; "", with a count of 0, if no pair is left.
         best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair), default="")
         if pair_counts[best] < 2:
             break
@@ -119,9 +120,9 @@ def tokenizer_arguments(name, vocabulary=""):
     "bpe", vocabulary is text in tiktoken's format: a line per token, with its bytes in base 64 and its rank.
 
     pat_str is the regular expression that splits text into words (for "bytes", into characters). A token's
-    rank is its number. To encode a word, tiktoken starts with its bytes. As long as two neighbours together
-    are a token, it merges those whose token has the lowest rank: as in learning, the most frequent first. So
-    "slower" becomes s l o w e r, s lo w e r, s low e r. special_tokens are never merged."""
+    rank is its number. To encode a word, tiktoken starts with its bytes. It keeps merging two neighbours that
+    together are a token, lowest rank first: as in learning, the most frequent pairs first. So "slower"
+    becomes s l o w e r, s lo w e r, s low e r. special_tokens are matched whole, before all that."""
     if name == "gpt2":
         return gpt2_arguments()
     ranks = {bytes([i]): i for i in range(256)}
@@ -139,8 +140,8 @@ def get_tokenizer(name, vocabulary=""):
 
 
 def encode(tokenizer, pieces):
-    """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether it ends a
-    document): a long file arrives in several."""
+    """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether it ends a document): a
+    long file is split into several."""
     tokens = []
     for text, ends_document in pieces:
         # "all": a literal <|endoftext|> in the text becomes that token, and so ends a document, too.

@@ -24,8 +24,8 @@ from prepare import vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, seed=1337, **options):
-    """Continues a prompt up to <|endoftext|>; an empty one starts a new document. Yields the new text after
-    each token. The options are those of GPT.generate.
+    """Continues a prompt until the model ends the document; without a prompt, it starts a new one. Yields the
+    new text after each token. The options are those of GPT.generate.
 
     A token may be only part of a character. Then its text is "", and the character appears once it is
     complete (or as \ufffd at the end, if it never is)."""

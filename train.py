@@ -8,15 +8,16 @@ out/NAME gets last.pt (everything --resume needs), best.pt (weights with the low
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
 Processes that train together are called ranks. `world` knows the number of this one (world.rank), how many
-there are (world.size), and its device; world.sum(a, b) returns two sums over all ranks, of a and of b. A step
-learns from one global batch of sequences. Each rank takes an equal share of it, in micro-batches of at most
---batch_size sequences, so that they fit into memory. Then all ranks update their weights identically.
-Steps are numbered from 0, but the log counts those that are done: the line of step 0 says "step 1".
+there are (world.size), and its device; world.sum(a, b) adds up a, and b, across all ranks. A step learns from
+one global batch of sequences. Each rank takes an equal share of it, in micro-batches of at most --batch_size
+sequences, so that they fit into memory: 64 sequences may be 2 ranks x 2 micro-batches x 16. Then all ranks
+update their weights identically. Steps are numbered from 0, but the log counts those that are done: the line
+of step 0 says "step 1".
 
 last.pt is written before each evaluation, every ten minutes between them, and when the run ends or is
 stopped: first to a temporary file, which then replaces it. If the machine dies meanwhile, the old one is
 intact. A run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on
-one kind of CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharded models.
+the same kind of CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharding.
 """
 
 import argparse
@@ -55,8 +56,8 @@ class Sequences:
     are inputs and all but the first are targets: at each position, the target is the next token. Position 0
     predicts it from one token, position 1 from two, and so on: block_size examples in one sequence.
 
-    A sequence may begin in the middle of a document and contain several. Attention reaches across their
-    borders: the model learns that <|endoftext|> starts something new."""
+    A sequence may begin in the middle of a document and contain several. Attention sees across their borders:
+    the model learns that <|endoftext|> starts something new."""
 
     def __init__(self, tokens, block_size, stride, vocab_size):
         self.tokens, self.block_size, self.stride, self.vocab_size = tokens, block_size, stride, vocab_size
@@ -90,7 +91,7 @@ class Batches:
         |     step 0      |     step 1      |     step 2
 
     batches(offset) is this rank's share of the step that begins at that offset of the list: micro-batches
-    (inputs, targets) of equal size, the largest up to batch_size that divides the share (16 and 40 give 10).
+    (inputs, targets) of equal size, at most batch_size. With a batch_size of 16, a share of 40 is 4 of 10.
     However many ranks and micro-batches share the work, a step reads the same sequences, as long as
     global_batch_size is the same: by default, 32 for nano, else batch_size times the number of ranks."""
 
@@ -112,7 +113,7 @@ class Batches:
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
     """The learning rate of a step, counted from 0. Gradients are large and erratic at first, so the rate
     starts small. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the
-    peak at step W. Then it falls, so that the weights settle, and ends one step short of `low`:
+    peak at step W. Then it falls, so that the weights settle. One step after the last, it would be `low`:
 
         linear      straight down (the default)
         cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
@@ -132,8 +133,8 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 
 
 def make_optimizers(name, model, weight_decay, device, dtype):
-    """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]. Then Muon,
-    explained after the loop, trains the matrices of the blocks. AdamW (Loshchilov and Hutter 2017,
+    """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]: then the
+    matrices of the blocks are trained by Muon, explained after the loop. AdamW (Loshchilov and Hutter 2017,
     https://arxiv.org/abs/1711.05101) divides a running mean of the gradient by its running root mean square.
     How far a weight moves then does not depend on how large its gradient is.
 
@@ -144,7 +145,7 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     vectors = [p for p in model.parameters() if p.dim() < 2]
     for_muon = {path: p for path, p in matrices.items() if name == "muon" and path.startswith("h.")}
     for_adamw = [p for path, p in matrices.items() if path not in for_muon]
-    # Beside Muon, embeddings and lm_head did best at 4 times the learning rate. `update` applies lr_scale.
+    # When Muon trains the blocks, embeddings and lm_head do best at 4 times its learning rate: see `update`.
     groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))]
@@ -159,8 +160,8 @@ def make_optimizers(name, model, weight_decay, device, dtype):
 # --------------------------------------------------------------------------------- one step
 
 def backward(model, micro_batches, scaler, autocast):
-    """Leaves in .grad the gradient of the mean loss over the whole global batch (in float16 times the loss
-    scale, explained below). Returns this rank's mean loss.
+    """Leaves in .grad the gradient of the mean loss over the whole global batch (in float16, multiplied by
+    the loss scale, explained below). Returns this rank's mean loss.
 
     With several ranks, model is wrapped in DDP (PyTorch's DistributedDataParallel). At the start it copies
     the weights of rank 0 to all ranks; once per step it averages their gradients. So all ranks begin with the
@@ -172,7 +173,7 @@ def backward(model, micro_batches, scaler, autocast):
         # DDP, it does nothing.
         model.require_backward_grad_sync = i == len(micro_batches)
         with autocast:      # runs matmuls in bfloat16 or float16, several times faster
-            part = model(inputs, targets) / len(micro_batches)      # of the mean, as gradients add up, too
+            part = model(inputs, targets) / len(micro_batches)      # the parts, and their gradients, add up
         # The smallest positive float16 is 6e-8, and many gradients are smaller. So the scaler multiplies the
         # loss, and with it all gradients, by a large number, the loss scale. In other dtypes it is 1.
         scaler.scale(part).backward()
@@ -194,7 +195,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in optimizers:
         if finite:
-            optimizer.step()    # not scaler.step, which might skip one of two optimizers
+            optimizer.step()    # scaler.step checks each optimizer alone, and might skip just one
         optimizer.zero_grad()
     scaler.update()     # halves the loss scale if a gradient overflowed; doubles it after 2,000 good steps
     return grad_norm, finite        # the norm before clipping, and whether a step was taken
@@ -206,7 +207,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
     its standard error: how much it would typically vary with other text. The ranks share the batches. During
-    training, count is --eval_sequences; after the last step, a second call takes all of them."""
+    training, count is --eval_sequences; after the last step, a second call evaluates all of them."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
     losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]
@@ -223,20 +224,21 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
 @dataclass
 class State:
     """Where a run stands. last.pt has this, plus weights, optimizers, loss scale, flags and vocabulary."""
-    step: int = 0                       # steps done, skipped ones too: the next one's number, from 0
+    step: int = 0                       # the next step's number: how many are done, skipped ones too
     offset: int = 0                     # sequences read (global_batch_size may change when a run is resumed)
     skipped: int = 0                    # consecutive steps that update has skipped
     best_val_loss: float = math.inf     # the lowest so far
 
 
 def train(run, told_to_stop):
-    """The training loop. run has what set_up made of the flags: model, optimizers, batches and so on.
+    """The training loop. run holds what set_up built from the flags: model, optimizers, batches and so on.
     wrapped_model is what is trained: model itself, or model in DDP. told_to_stop() is true after Ctrl-C, for
-    example. Returns whether it was."""
+    example. Returns whether it was. save_if_due, evaluate_and_save and check_finite are in the plumbing, and
+    do what their names say."""
     args, world, state = run.args, run.world, run.state
     stop_votes = 0
     while not stop_votes:
-        # First in the loop, so that a run that is killed while it saves or evaluates does so when it resumes.
+        # Before the step, so that if the run dies while it saves or evaluates, the resumed run does it first.
         if state.step > 0:
             save_if_due(run)
             if state.step % args.eval_interval == 0 or state.step == run.total_steps:
@@ -246,7 +248,7 @@ def train(run, told_to_stop):
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)     # so last.pt needs no random state
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
-        # Mean loss, and how many ranks were told to stop: the same on all, so all stop after the same step.
+        # All ranks get these same two sums, the mean loss and the votes, so all stop after the same step.
         loss, stop_votes = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         # A skipped step counts like any other, and its batch is not repeated.
@@ -265,11 +267,12 @@ def train(run, told_to_stop):
 
 class Muon(torch.optim.Optimizer):
     """Like AdamW, keeps a running mean of the gradient, but then treats it as a matrix and makes it equally
-    strong in all directions (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): if it has 3 and
-    0.1 on its diagonal and 0 elsewhere, it becomes 1 and 1. Any other matrix is, between two rotations (or
-    reflections), such a stretch along each axis: U S V^T, its singular value decomposition. A gradient
-    stretches a few axes far more than the others, and they would dominate the step. So Muon steps against
-    U V^T, without any stretch: the weak directions learn as fast as the strong ones."""
+    strong in all directions (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Every matrix can be written as U S V^T (the singular value decomposition): rotate by V^T, stretch each
+    axis by a number in the diagonal matrix S, rotate by U (rotations may also reflect). A gradient stretches
+    a few axes far more than the others, and they would dominate the step. Muon replaces the stretches by 1,
+    and steps against U V^T: the weak directions learn as fast as the strong ones."""
 
     def __init__(self, groups, weight_decay, dtype):
         super().__init__(groups, {"lr": 0.0, "weight_decay": weight_decay, "momentum": 0.9})
@@ -294,11 +297,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x, dtype):
     """Turns each of N matrices, U S V^T, into roughly U V^T. x and the result are (N, rows, columns).
 
-    Computing U, S and V would be slow. But a rotation times its transpose is 1, so the inner ones cancel in
+    Computing U, S and V would be slow. But V^T V and U^T U are the identity matrix, so
     x x^T x = (U S V^T) (V S U^T) (U S V^T) = U S^3 V^T. This cubes each stretch s, and keeps U and V. In the
     same way, a x + b x x^T x + c x x^T x x^T x only turns each s into a s + b s^3 + c s^5. Jordan et al.
     chose a, b and c so that five rounds take any s between 0.01 and 1 to between 0.68 and 1.14: for example,
-    0.1 becomes 0.34, 0.99, 0.71, 1.11, 0.71. All axes are then stretched about equally."""
+    0.1 becomes 0.34, 0.99, 0.71, 1.11, 0.71. Now all axes are stretched about equally."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, dtype).mT        # x x^T is smaller when x is transposed
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # norm^2 = sum of s^2: now s <= 1
