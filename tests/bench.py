@@ -542,30 +542,43 @@ def bench_loss(repeats):
         f"{seconds / their_seconds:.2f}", "1.886, ≤ 0.33")
 
 
-def bench_vocabulary(repeats):
-    """Learns 2,048 tokens from the standard library, counting of words included."""
+def learning(kind, path, vocab_size):
+    """Work that learns a vocabulary from a file of documents, reading it included."""
     import tokenizers
-    texts = [text for text, _ in prepare.read_pieces(prepare.find_files("python", "."), None)]
 
     def ours():
-        started = time.perf_counter()
-        prepare.learn_vocabulary_fast(prepare.count_words(texts), 2047)
-        return time.perf_counter() - started
+        prepare.choose_tokenizer("bpe", vocab_size, prepare.read_pieces([path], None), 0.0)
+        return 1
 
     def theirs():
         split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(prepare.WORD), "isolated")
         in_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, in_bytes])
-        started = time.perf_counter()
-        tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-            vocab_size=2047, show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-        return time.perf_counter() - started
+        tokenizer.train_from_iterator(
+            (text for text, _ in prepare.read_pieces([path], None)), tokenizers.trainers.BpeTrainer(
+                vocab_size=vocab_size - 1, show_progress=False,
+                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        return 1
 
-    seconds, their_seconds = medians(repeats, ours, theirs)
-    row("learning 2,048 tokens from the standard library", f"{seconds:.1f} s",
-        f"`tokenizers` (Rust) {their_seconds:.1f} s", f"{seconds / their_seconds:.1f}", "≤ 8 s")
+    return ours if kind == "ours" else theirs
+
+
+def bench_vocabulary(repeats):
+    packages = Path(np.__file__).parent.parent      # those installed here
+    for what, files, size, vocab_size, times, target in (
+            ("the standard library", prepare.find_files("python", "."), 1e9, 2048, repeats, "≤ 8 s"),
+            ("100 MB of Python", sorted(packages.rglob("*.py")), 1e8, 16384, 1, "≤ 90 s, ≤ 1 GB")):
+        with open("documents.jsonl", "w", encoding="utf-8") as file:
+            for path in files:
+                if file.tell() < size:
+                    text = path.read_text(encoding="utf-8", errors="replace")
+                    file.write(json.dumps({"text": text}) + "\n")
+        sides = [Side(learning, kind, Path("documents.jsonl"), vocab_size) for kind in ("ours", "theirs")]
+        ours, theirs = (1 / rate for rate in medians(times, *sides))
+        row(f"learning {vocab_size:,} tokens from {what}", f"{ours:.1f} s, {sides[0].memory:.2f} GB",
+            f"`tokenizers` (Rust) {theirs:.1f} s, {sides[1].memory:.2f} GB", f"{ours / theirs:.1f}", target)
+        close(*sides)
 
 
 def bench_quickstart(seeds):
@@ -715,16 +728,17 @@ TRIALS = {
 }
 
 
-def bench_trials(steps, seeds):
-    """Plans the recipe of nano for this many steps, trains it in each of these ways and with each of these
-    seeds, and writes the results into docs/trials.jsonl and docs/benchmarks.md. What trials.jsonl has already
-    is not trained again."""
+def bench_trials(steps, seeds, changes):
+    """Plans the recipe of nano for this many steps, trains it with each of these changes and seeds, and
+    writes the results into docs/trials.jsonl and docs/benchmarks.md. What trials.jsonl has already is not
+    trained again."""
     from test_readme import copy_of_the_programs
     results = read_rows("trials.jsonl") if Path(ROOT, "docs", "trials.jsonl").exists() else []
     done = [(result["change"], result["steps"], result["seed"]) for result in results]
-    for seed, (what, (prepare_flags, train_flags, file, diff)) in itertools.product(seeds, TRIALS.items()):
+    for seed, what in itertools.product(seeds, changes):
         if (what, steps, seed) in done:
             continue
+        prepare_flags, train_flags, file, diff = TRIALS[what]
         source = copy_of_the_programs(f"trial{len(results)}", file, diff)
         subprocess.run([sys.executable, source / "prepare.py", "--overwrite", *prepare_flags], check=True)
         rows, _ = run([sys.executable], source / "out", "--dtype", "float32", "--eval_interval", "9999",
@@ -759,13 +773,16 @@ def main():
               "ranks": bench_ranks, "loss": bench_loss,
               "quickstart": lambda repeats: bench_quickstart(args.seeds),
               "exercises": lambda repeats: bench_exercises(),
-              "trials": lambda repeats: bench_trials(args.steps, range(1337, 1337 + args.seeds)),
+              "trials": lambda repeats: bench_trials(
+                  args.steps, range(1337, 1337 + args.seeds), args.changes),
               "patterns": lambda repeats: bench_patterns(args.texts)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="group",
                         help="which rows (default: all but trials and patterns)")
     parser.add_argument("--steps", type=int, default=400, help="for how many steps trials are planned")
+    parser.add_argument("--changes", nargs="+", choices=TRIALS, default=TRIALS, metavar="CHANGE",
+                        help="which trials (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--nanogpt", type=os.path.abspath, help="a clone of nanoGPT to measure as well")
     parser.add_argument("--texts", type=os.path.abspath, help="where patterns finds its texts")
