@@ -232,7 +232,7 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
         for i in range(0, len(word), length):
             words[word[i:i + length]] += count
     tokens = learn_vocabulary_fast(dict(words.most_common(LEARN_FROM_WORDS)), vocab_size - 1)
-    if len(tokens) < vocab_size - 1:
+    if first and len(tokens) < vocab_size - 1:
         note(f"no pair is left that occurs twice: the vocabulary has only {len(tokens) + 1:,} tokens")
     return name, vocabulary_text({token: i for i, token in enumerate(tokens)}), chain(first, pieces)
 
@@ -352,7 +352,7 @@ def find_files(source, folder):
     taken = sorted(file for file in files
                    if file.name.lower().endswith(SUFFIXES) and (is_url or file.is_file()))
     if not taken:
-        raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)})")
+        raise UserError(f"{source}: no file with a known ending ({', '.join(SUFFIXES)}): rename text to .txt")
     if others := set(files) - set(taken):
         kinds = {file.suffix or "no ending" if file.exists() else "broken links" for file in others}
         note(f"{source}: files taken: {len(taken)}, skipped: {len(others)} ({', '.join(sorted(kinds))})")
@@ -699,7 +699,7 @@ def main(argv=None):
     if args.vocab_size and tokenizer != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer bpe: {tokenizer} has its own")
     if tokenizer not in ("gpt2", "bytes", "bpe") and not Path(tokenizer, "meta.json").exists():
-        raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or a data folder")
+        raise UserError(f"there is no tokenizer {tokenizer}: use gpt2, bytes, bpe, or data/NAME")
     if folder.parts[0] != "data" or len(folder.parts) == 1 or any(part[0] == "." for part in folder.parts):
         raise UserError(f"--name must be the name of a folder in data, not {folder}")
     if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:

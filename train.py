@@ -646,6 +646,9 @@ def describe(run, dtype):
         f"{run.total_steps:,} steps, {epochs:.2f} epochs{f', {done:,} of them done' if args.resume else ''}")
     if done >= run.total_steps:
         run.world.print("all steps are done: raise --max_steps or --epochs to train further")
+    threads, load = torch.get_num_threads(), getattr(os, "getloadavg", lambda: [0])()[0]    # not on Windows
+    if run.world.device.type == "cpu" and 1 < threads < 2 * load:
+        run.world.print("other programs use the cores: if this is slow, put OMP_NUM_THREADS=1 before python")
     if args.dry_run:
         seconds = seconds_per_step(run)
         left = duration(seconds * max(0, run.total_steps - done))

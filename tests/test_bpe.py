@@ -201,7 +201,7 @@ def test_how_a_text_is_split_is_shown(books, monkeypatch, capsys):
     (["--tokenizer", "bpe", "--vocab_size", "256"], "must be a whole number from 257 to 65,536, not '256'"),
     (["--tokenizer", "bpe", "--vocab_size", "65537"], "must be a whole number from 257 to 65,536"),
     (["--tokenizer", "bytes", "--vocab_size", "300"], "--vocab_size is for --tokenizer bpe"),
-    (["--tokenizer", "gpt3"], "there is no tokenizer gpt3: use gpt2, bytes, bpe, or a data folder")])
+    (["--tokenizer", "gpt3"], "there is no tokenizer gpt3: use gpt2, bytes, bpe, or data/NAME")])
 def test_a_bad_flag_is_reported_in_one_line(fails, flags, says):
     Path("books.txt").write_text("text")
     fails(prepare.main, ["books.txt", *flags], says)

@@ -1,9 +1,11 @@
 """What a run says before it begins: its size, its cost, and what is unusual about it."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import QUICK, ranks, run
 
 import gpt
@@ -42,6 +44,14 @@ def test_a_dry_run_leaves_a_run_as_it_is_and_reports_what_is_left_of_it(foretold
     assert "9 steps" in foretold("--max_steps", 9)
     assert "9 steps, 0.32 epochs, 2 of them done" in foretold("--max_steps", 9, "--resume")
     assert before == {path: path.read_bytes() for path in Path("out/text").iterdir()}
+
+
+def test_a_run_whose_threads_would_wait_for_busy_cores_says_how_to_use_one(foretold, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for load, busy in ((1.9, False), (2.1, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        says = "other programs use the cores: if this is slow, put OMP_NUM_THREADS=1 before python"
+        assert (says in foretold("--max_steps", 2)) == busy
 
 
 PEAK = "\ntrain.World.close = lambda world: print(train.peak_memory(world.device))\n"

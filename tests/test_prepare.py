@@ -246,7 +246,8 @@ BAD_SOURCES = [
 def test_a_source_at_fault_is_named_in_one_line_and_leaves_nothing_behind(fails, name, content, message):
     if content is not None:
         write(name, content)
-    fails(main, [name, "--tokenizer", "bytes"], message)
+    for tokenizer in ("bytes", "bpe"):
+        fails(main, [name, "--tokenizer", tokenizer], message)
     assert not list(Path("data").glob("*"))
 
 
