@@ -45,12 +45,12 @@ def test_each_program_explains_its_flags(capsys):
         assert not re.search(r"default: (None|\[)|SUPPRESS", explained)
 
 
-def test_the_first_60_steps_are_those_that_were_measured(monkeypatch):
+def test_the_first_100_steps_are_those_that_were_measured(monkeypatch):
     """Where nothing else fails, a change has altered what is learned: measure the quickstart again."""
     monkeypatch.setattr(train, "show_sample_and_curves", lambda run: None)
     Path("text.txt").write_text("".join(f"{i} times {i} is {i * i}.\n" for i in range(3000)))
     prepare.prepare(["text.txt"], "data/text", "bpe", 400)
     train.main(["--data", "data/text", "--model", "nano", "--dtype", "float32", "--batch_size", "4",
-                "--global_batch_size", "4", "--max_steps", "60", "--log_interval", "15"])
+                "--global_batch_size", "4", "--max_steps", "100", "--log_interval", "20"])
     losses = [row["loss"] for row in log() if "loss" in row]
-    assert losses == pytest.approx([6.0117, 3.8469, 3.5015, 3.1816, 3.2332], rel=0.01)
+    assert losses == pytest.approx([6.0117, 3.9368, 3.3440, 3.4003, 3.0572, 2.6661], rel=0.01)
