@@ -424,9 +424,14 @@ def preparing(kind, path):
     return work
 
 
+def documents(files):
+    """Yields a line of .jsonl for each of these texts."""
+    for path in files:
+        yield json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) + "\n"
+
+
 def bench_prepare(repeats):
-    lines = [json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) + "\n"
-             for path in prepare.find_files("python", ".")]
+    lines = list(documents(prepare.find_files("python", ".")))
     for name, times in (("small.jsonl", 4), ("large.jsonl", 16)):
         with open(name, "w", encoding="utf-8") as file:
             file.writelines(lines * times)
@@ -570,10 +575,10 @@ def bench_vocabulary(repeats):
             ("the standard library", prepare.find_files("python", "."), 1e9, 2048, repeats, "≤ 8 s"),
             ("100 MB of Python", sorted(packages.rglob("*.py")), 1e8, 16384, 1, "≤ 90 s, ≤ 1 GB")):
         with open("documents.jsonl", "w", encoding="utf-8") as file:
-            for path in files:
-                if file.tell() < size:
-                    text = path.read_text(encoding="utf-8", errors="replace")
-                    file.write(json.dumps({"text": text}) + "\n")
+            for line in documents(files):
+                file.write(line)
+                if file.tell() >= size:
+                    break
         sides = [Side(learning, kind, Path("documents.jsonl"), vocab_size) for kind in ("ours", "theirs")]
         ours, theirs = (1 / rate for rate in medians(times, *sides))
         row(f"learning {vocab_size:,} tokens from {what}", f"{ours:.1f} s, {sides[0].memory:.2f} GB",

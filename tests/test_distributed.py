@@ -194,7 +194,8 @@ def test_a_rank_that_fails_ends_the_run_and_torchrun_names_it_and_the_reason(dat
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
-FAULTY = ["--max_steps", 9, "--eval_interval", 2, "--dropout", 0.1, "--batch_size", 4]
+FAULTY = ["--max_steps", 7, "--eval_interval", 2, "--dropout", 0.1, "--batch_size", 4]
+KILLED = acting("os.kill(os.getpid(), signal.SIGKILL)")
 
 
 @contextlib.contextmanager
@@ -202,7 +203,8 @@ def machine(output, n_machines, first, **options):
     """Starts what torchrun is once it has imported torch: a process that starts and watches its ranks."""
     process = processes.start(
         ROOT, [*FLAGS, *FAULTY, "--resume"], Path.cwd(), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, output,
-        BARE + first, {"min_nodes": n_machines, "max_nodes": n_machines, **options})
+        BARE + first, {"min_nodes": n_machines, "max_nodes": n_machines, "rdzv_endpoint": "localhost:0",
+                       **options})
     try:
         yield process
     finally:
@@ -211,17 +213,25 @@ def machine(output, n_machines, first, **options):
 
 def test_torchrun_returns_a_run_whose_worker_was_killed_to_its_last_checkpoint(data):
     train(2, "--out", "out/whole", *FAULTY)
-    # Its fourth step is step 4 at first, and then, as it continues from step 2, step 6.
-    with machine("output", 1, acting("os.kill(os.getpid(), signal.SIGKILL)"), nproc_per_node=2,
-                 rdzv_endpoint="localhost:0", max_restarts=1) as process:
+    # Rank 1 dies in its fourth step: step 4, then, continuing from step 2, step 6. From step 4 on, there are
+    # only three steps left.
+    with machine("output", 1, KILLED, nproc_per_node=2, max_restarts=2) as process:
+        process.join(100)
+    printed, errors = Path("output.out").read_text(), Path("output.err").read_text()
+    assert process.exitcode == 0, errors
+    assert errors.count("failed (exitcode: -9) local_rank: 1") == 2
+    assert all(f"7 steps, 4.00 epochs, {n} of them done" in printed for n in (2, 4))
+    assert [row["step"] for row in log() if "loss" in row] == [1, 2, 3, 3, 4, 5, 5, 6, 7]
+    assert same_weights(last("out/whole"), last("out/text"))
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_torchrun_names_it_and_the_signal(data):
+    with machine("output", 1, KILLED, nproc_per_node=2, max_restarts=0) as process:
         process.join(100)
     assert process.exitcode == 1
-    assert "9 steps, 5.14 epochs, 2 of them done" in Path("output.out").read_text()
     cause = Path("output.err").read_text().partition("Root Cause (first observed failure):")[2]
     assert "rank      : 1 (local_rank: 1)" in cause and "Signal 9 (SIGKILL) received by PID" in cause
-    train(2, *FAULTY, "--resume")
-    assert [row["step"] for row in log() if "loss" in row] == [1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 9]
-    assert same_weights(last("out/whole"), last("out/text"))
+    assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
 def test_a_machine_that_dies_and_comes_back_joins_the_run_again_at_its_last_checkpoint(data):
@@ -243,7 +253,7 @@ def test_a_machine_that_dies_and_comes_back_joins_the_run_again_at_its_last_chec
         for process in (first, second):
             process.join(100)
     assert first.exitcode == second.exitcode == 0, Path("first.err").read_text()
-    assert "9 steps, 5.14 epochs, 2 of them done" in Path("first.out").read_text()
+    assert "7 steps, 4.00 epochs, 2 of them done" in Path("first.out").read_text()
     assert same_weights(last("out/whole"), last("out/text"))
 
 
