@@ -7,6 +7,7 @@
     python tests/bench.py exercises             bits per byte with each exercise, into docs/exercises.jsonl
     python tests/bench.py trials --steps 1600   what each choice of nano gains, into docs/trials.jsonl
     python tests/bench.py patterns --texts FOLDER       bytes per token of ways to split text into words
+    python tests/bench.py lines --clones FOLDER FOLDER  other projects' lines, into docs/lines.jsonl
     python tests/bench.py --device cuda         training and generation on a GPU
     python tests/bench.py --device cuda --nanogpt FOLDER        also nanoGPT, out of a clone of it
     python tests/bench.py --table NAME          also writes the table into docs/benchmarks.md
@@ -634,6 +635,22 @@ def bench_exercises():
     write_rows("exercises.jsonl", results)
 
 
+def bench_lines(folders):
+    """Counts the lines of Python, tests aside, in clones of other projects, and writes docs/lines.jsonl.
+    README.md shows their sums."""
+    projects = []
+    for folder in map(Path, folders):
+        def git(*command, folder=folder):
+            return subprocess.check_output(["git", "-C", folder, *command], text=True).split()
+
+        files = {name: (folder / name).read_text(encoding="utf-8").count("\n")
+                 for name in git("ls-files", "*.py") if not name.startswith("tests/")}
+        [commit] = git("rev-parse", "--short", "HEAD")
+        projects.append({"project": folder.name, "commit": commit, "files": files})
+        row(f"lines of Python in {folder.name}, tests aside", f"{sum(files.values()):,}", "", "")
+    write_rows("lines.jsonl", projects)
+
+
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+")
@@ -780,17 +797,20 @@ def main():
               "exercises": lambda repeats: bench_exercises(),
               "trials": lambda repeats: bench_trials(
                   args.steps, range(1337, 1337 + args.seeds), args.changes),
-              "patterns": lambda repeats: bench_patterns(args.texts)}
+              "patterns": lambda repeats: bench_patterns(args.texts),
+              "lines": lambda repeats: bench_lines(args.clones)}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", metavar="group",
-                        help="which rows (default: all but trials and patterns)")
+                        help="which rows (default: all but trials, patterns and lines)")
     parser.add_argument("--steps", type=int, default=400, help="for how many steps trials are planned")
     parser.add_argument("--changes", nargs="+", choices=TRIALS, default=TRIALS, metavar="CHANGE",
                         help="which trials (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--nanogpt", type=os.path.abspath, help="a clone of nanoGPT to measure as well")
     parser.add_argument("--texts", type=os.path.abspath, help="where patterns finds its texts")
+    parser.add_argument("--clones", nargs="+", type=os.path.abspath, default=[], metavar="FOLDER",
+                        help="clones of other projects, whose lines are counted")
     parser.add_argument("--repeats", type=int, default=3, help="how often each side is measured")
     parser.add_argument("--seeds", type=int, default=1,
                         help="how often the quickstart, or each trial, is trained")
@@ -804,6 +824,8 @@ def main():
         parser.error(f"there is no group {', '.join(unknown)}, only {', '.join(groups)}")
     if "patterns" in args.groups and not args.texts:
         parser.error("patterns needs --texts FOLDER: see docs/benchmarks.md")
+    if "lines" in args.groups and not args.clones:
+        parser.error("lines needs --clones FOLDER ...: clones of other projects")
     if args.nanogpt:
         os.environ["NANOGPT"] = args.nanogpt
     multiprocessing.set_start_method("spawn")
@@ -818,7 +840,7 @@ def main():
         if not args.groups or {"training", "generation"} & set(args.groups):
             limits(args.device)
         say("\n| what | ours | other | ratio | target |\n|---|---|---|---|---|")
-        for name in args.groups or [name for name in groups if name not in ("trials", "patterns")]:
+        for name in args.groups or [name for name in groups if name not in ("trials", "patterns", "lines")]:
             groups[name](args.repeats)
             if args.table:
                 write_table(args.table)

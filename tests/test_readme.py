@@ -128,6 +128,19 @@ def test_the_readme_counts_its_lines_right():
     assert f"The ideas are {idea:,} lines" in README
 
 
+def test_the_lines_of_other_projects_are_those_that_bench_py_counted():
+    nanogpt, nanochat = (row["files"] for row in bench.read_rows("lines.jsonl"))
+    core, in_all = nanogpt["model.py"] + nanogpt["train.py"], sum(nanogpt.values())
+    assert f"| {core} in two files (6 to 8), {in_all:,} in all | {sum(nanochat.values()):,} |" in README
+
+
+def test_the_speeds_on_a_gpu_are_those_that_bench_py_measured():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    row = re.search(r"ours, compiled: ([\d,]+) (.*? GB).*nanoGPT, compiled: ([\d,]+) (.*? GB)", text).groups()
+    ours, theirs = (round(int(number.replace(",", "")), -3) for number in row[::2])
+    assert f"| {ours:,} {row[1]} | {theirs:,} {row[3]} |" in README
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/*.md", "*.py"])
 def test_each_paper_has_its_link(name):
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob(name)))
