@@ -9,12 +9,12 @@ B is the batch size (sequences side by side), T time (positions in a sequence), 
 vector at each position), H attention heads, D head size (H * D = C), V the vocabulary size. A token is a
 number below V, made from text by prepare.py. Logits are scores, one per token, which a softmax turns into
 probabilities. Layers are named as in OpenAI's release: wte has a learned vector for each token, wpe one for
-each position, h holds the blocks, and c_attn, c_fc and c_proj are linear layers.
+each position (attention alone ignores order), h holds the blocks, and c_attn, c_fc and c_proj are linear.
 
 There are two versions of GELU, attention, cross-entropy and LayerNorm: formulas, for reading, and kernels,
-below the banner, which are faster and agree up to rounding. GPT(config) uses the kernels, GPT(config,
-fused=False) the formulas; each layer is handed one set, called `ops`. Left out: training, text, and newer
-architectures.
+below the banner, which are faster and agree up to rounding. GPT(config), and so train.py, uses KERNELS (to
+change a formula, change its kernel, too), and GPT(config, fused=False) uses FORMULAS. Layers get one of these
+sets as `ops`. Left out: training, text, and newer architectures.
 """
 
 import math
@@ -84,7 +84,7 @@ def attention(q, k, v, dropout):
 
     Why sqrt(D)? If the entries of queries and keys have variance 1, a score, the sum of D products, has
     variance D. Divided by sqrt(D) it has variance 1 again. Without that, the softmax would put nearly all
-    weight on one position.
+    weight on one position, and the gradients of the scores would be almost 0.
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
     minus infinity, which the softmax turns into a weight of 0 (in the kernel, is_causal does that):
@@ -109,13 +109,13 @@ def cross_entropy(x, weight, targets, vocab_size):
     """The mean of -ln(probability of the target) over all B * T positions, in nats (1 nat is 1 / ln 2 = 1.44
     bits). targets are (B, T), x (B, T, C) is the output of ln_f, and weight is lm_head's. The last step of
     the model, from x to logits, is done in here, so that the kernel can do it in chunks."""
-    logits = F.linear(x, weight)[..., :vocab_size]      # without padding: (B, T, C) -> (B, T, V)
+    logits = F.linear(x, weight)[..., :vocab_size]      # (B, T, C) -> (B, T, V), without padding: see GPT
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())         # includes the softmax
 
 
 class LayerNorm(nn.Module):
-    """Shifts and scales the C channels of each position to mean 0 and variance 1, then multiplies each
-    channel by a learned weight and adds a learned bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
+    """Brings the C channels of each position to mean 0 and variance 1, however large they have grown, then
+    scales and shifts each by a learned weight and bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
 
     def __init__(self, config):
         super().__init__()
@@ -132,8 +132,8 @@ class LayerNorm(nn.Module):
 # ------------------------------------------------------------------------------------- layers
 
 class CausalSelfAttention(nn.Module):
-    """The only place where positions exchange information. H heads work in parallel, each on D of the C
-    channels: one may look for the last verb, another for an open bracket."""
+    """The only place where positions exchange information. H heads work in parallel, each with queries, keys
+    and values of its own: one may look for the last verb, another for an open bracket."""
 
     def __init__(self, config, ops):
         super().__init__()
@@ -147,7 +147,7 @@ class CausalSelfAttention(nn.Module):
         """x (B, T, C) -> (B, T, C). With a KVCache, x holds the positions after the cached ones."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)                            # (B, T, C) -> three (B, T, C)
-        # Each of the H heads takes D of the channels: (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
+        # Each head gets D channels of q, k and v: (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)                                       # T becomes S: cached and new
@@ -157,7 +157,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, applied to each position independently."""
+    """Two linear layers, applied to each position on its own. Without the GELU, they would act as one."""
 
     def __init__(self, config, ops):
         super().__init__()

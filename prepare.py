@@ -141,7 +141,7 @@ def get_tokenizer(name, vocabulary=""):
 
 def encode(tokenizer, pieces):
     """Encodes pieces of text and returns the tokens, uint16. A piece is (text, whether it ends a document): a
-    long file is split into several."""
+    long file is split into several. encode_all calls this in several threads."""
     tokens = []
     for text, ends_document in pieces:
         # "all": a literal <|endoftext|> in the text becomes that token, and so ends a document, too.

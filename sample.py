@@ -28,7 +28,7 @@ def complete(model, tokenizer, prompt, max_new_tokens, *, seed=1337, **options):
     new text after each token. The options are those of GPT.generate.
 
     A token may be only part of a character. Then its text is "", and the character appears once it is
-    complete (or as \ufffd at the end, if it never is)."""
+    complete (or as \ufffd, once it is clear that it never will be)."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

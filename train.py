@@ -14,10 +14,10 @@ sequences, so that they fit into memory: 64 sequences may be 2 ranks x 2 micro-b
 update their weights identically. Steps are numbered from 0, but the log counts those that are done: the line
 of step 0 says "step 1".
 
-last.pt is written before each evaluation, every ten minutes between them, and when the run ends or is
-stopped: first to a temporary file, which then replaces it. If the machine dies meanwhile, the old one is
-intact. A run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on
-the same kind of CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharding.
+last.pt is written before each evaluation or epoch_*.pt, every ten minutes in between, and when the run ends
+or is stopped: first to a temporary file, which then replaces it, so that a crash leaves the old one intact. A
+run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on the same
+kind of CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharding.
 """
 
 import argparse
@@ -52,9 +52,9 @@ from sample import complete, load_model
 # --------------------------------------------------------------------- the order of the data
 
 class Sequences:
-    """Sequences of block_size + 1 tokens, one starting every `stride` tokens. In each, all but the last token
-    are inputs and all but the first are targets: at each position, the target is the next token. Position 0
-    predicts it from one token, position 1 from two, and so on: block_size examples in one sequence.
+    """Sequences of block_size + 1 tokens, one starting every `stride` tokens (by default, block_size). In
+    each, all but the last token are inputs and all but the first are targets: the target is the next token.
+    Position 0 predicts it from one token, position 1 from two, and so on: block_size examples in a sequence.
 
     A sequence may begin in the middle of a document and contain several. Attention sees across their borders:
     the model learns that <|endoftext|> starts something new."""
@@ -91,7 +91,7 @@ class Batches:
         |     step 0      |     step 1      |     step 2
 
     batches(offset) is this rank's share of the step that begins at that offset of the list: micro-batches
-    (inputs, targets) of equal size, at most batch_size. With a batch_size of 16, a share of 40 is 4 of 10.
+    (inputs, targets) of equal size, at most batch_size. If that is 16, a share of 40 becomes four of 10 each.
     However many ranks and micro-batches share the work, a step reads the same sequences, as long as
     global_batch_size is the same: by default, 32 for nano, else batch_size times the number of ranks."""
 
@@ -111,7 +111,7 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. Gradients are large and erratic at first, so the rate
+    """The learning rate of a step, counted from 0. At first, AdamW's means rest on few gradients, so the rate
     starts small. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the
     peak at step W. Then it falls, so that the weights settle. One step after the last, it would be `low`:
 
@@ -172,7 +172,7 @@ def backward(model, micro_batches, scaler, autocast):
         # these sums over all ranks. This flag, set before forward, tells it which pass is the last; without
         # DDP, it does nothing.
         model.require_backward_grad_sync = i == len(micro_batches)
-        with autocast:      # runs matmuls in bfloat16 or float16, several times faster
+        with autocast:      # runs matmuls in --dtype: in 16 bits, several times faster
             part = model(inputs, targets) / len(micro_batches)      # the parts, and their gradients, add up
         # The smallest positive float16 is 6e-8, and many gradients are smaller. So the scaler multiplies the
         # loss, and with it all gradients, by a large number, the loss scale. In other dtypes it is 1.
@@ -206,8 +206,8 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 @torch.no_grad()
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
-    its standard error: how much it would typically vary with other text. The ranks share the batches. During
-    training, count is --eval_sequences; after the last step, a second call evaluates all of them."""
+    its standard error: how much it would typically vary with other text. The ranks share the batches. The
+    caller switches dropout off. count is --eval_sequences; after the last step, once more all of them."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
     losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]
@@ -225,7 +225,7 @@ def evaluate(model, sequences, count, batch_size, autocast, world):
 class State:
     """Where a run stands. last.pt has this, plus weights, optimizers, loss scale, flags and vocabulary."""
     step: int = 0                       # the next step's number: how many are done, skipped ones too
-    offset: int = 0                     # sequences read (global_batch_size may change when a run is resumed)
+    offset: int = 0                     # sequences read (a resumed run may read more or fewer per step)
     skipped: int = 0                    # consecutive steps that update has skipped
     best_val_loss: float = math.inf     # the lowest so far
 
@@ -238,7 +238,7 @@ def train(run, told_to_stop):
     args, world, state = run.args, run.world, run.state
     stop_votes = 0
     while not stop_votes:
-        # Before the step, so that if the run dies while it saves or evaluates, the resumed run does it first.
+        # These come before a step, not after: if the run dies in one of them, the resumed run repeats it.
         if state.step > 0:
             save_if_due(run)
             if state.step % args.eval_interval == 0 or state.step == run.total_steps:

@@ -774,17 +774,17 @@ def bench_trials(steps, seeds, changes):
 
 
 def table_of_trials(results):
-    """For each change and number of steps, the mean over the seeds."""
+    """For each change and number of steps, the result of seed 1337, then those of other seeds."""
     lengths = sorted({result["steps"] for result in results})
     lines = ["| what changed | " + " | ".join(f"{steps:,} steps" for steps in lengths) + " |",
              "|---|" + "---|" * len(lengths)]
     for what in sorted({result["change"] for result in results}, key=list(TRIALS).index):
         cells = []
         for steps in lengths:
-            found = [result["bits_per_byte"] for result in results
-                     if (result["change"], result["steps"]) == (what, steps)]
-            seeds = f" (mean of {len(found)} seeds)" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.3f}{seeds}" if found else "")
+            found = {result["seed"]: f"{result['bits_per_byte']:.3f}" for result in results
+                     if (result["change"], result["steps"]) == (what, steps)}
+            cells.append(", ".join(bits if seed == 1337 else f"{bits} with seed {seed}"
+                                   for seed, bits in sorted(found.items())))
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines
 
