@@ -36,20 +36,20 @@ import torch.nn.functional as F
 class GPTConfig:
     """The sizes of one model. Raises ModelError if they are inconsistent."""
     block_size: int = 1024      # context length: the longest sequence it can read
-    vocab_size: int = 50257     # V, the number of tokens
+    vocab_size: int = 50257     # V, the number of tokens (train.py takes that of the data)
     n_layer: int = 12           # blocks, one after the other
     n_head: int = 12            # H, attention heads in each block
     n_embd: int = 768           # C, the width
     mlp_ratio: int = 4          # width inside a block's MLP, as a multiple of C
     dropout: float = 0.0        # fraction of activations zeroed in training
-    bias: bool = True           # whether linear layers and LayerNorms add a bias
+    bias: bool = True           # whether linear layers (except lm_head) and LayerNorms add a bias
     tied: bool = True           # whether lm_head uses the weights of wte
 
     def __post_init__(self):
         for name, size in asdict(self).items():
             if name not in ("dropout", "bias", "tied") and (type(size) is not int or size < 1):
                 raise ModelError(f"{name} must be a whole number above 0, not {size!r}")
-        if type(self.dropout) is not float or not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
@@ -99,9 +99,9 @@ def attention(q, k, v, dropout):
     D), come from KVCache, which kept the earlier ones."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     scores = (q / math.sqrt(D)) @ k.transpose(2, 3)                         # (B, H, T, D) -> (B, H, T, S)
-    key = torch.arange(S, device=q.device)      # the positions of the keys,
-    query = key[S - T:].unsqueeze(1)            # and of the queries, which are the last T of them: (T, 1)
-    weights = scores.masked_fill(key > query, -math.inf).softmax(-1)
+    key_positions = torch.arange(S, device=q.device)
+    query_positions = key_positions[S - T:].unsqueeze(1)        # the last T of them: (T, 1)
+    weights = scores.masked_fill(key_positions > query_positions, -math.inf).softmax(-1)
     return F.dropout(weights, dropout) @ v                                  # (B, H, T, S) -> (B, H, T, D)
 
 
@@ -298,11 +298,11 @@ def next_token(logits, temperature, top_k, top_p, generator):
     below 1 sharpens the distribution, one above 1 flattens it, and 0 always picks the likeliest (greedy).
     top_k keeps the k likeliest tokens (Fan et al. 2018, https://arxiv.org/abs/1805.04833), and top_p then the
     fewest that reach p together (nucleus, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
-    if temperature < 1e-9:      # 0, or too small to divide by in float32
+    if temperature < 1e-9:      # 0, or so small that dividing by it might overflow
         return logits.argmax(-1)
     logits = (logits - logits.amax(1, keepdim=True)) / temperature          # at most 0: cannot overflow
     V = logits.shape[1]
-    k = V if top_k is None else min(top_k, V)
+    k = min(top_k or V, V)
     logits, tokens = logits.topk(k)     # (B, V) -> (B, k), from the likeliest down
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
@@ -530,8 +530,8 @@ def choose_device(name=None):
 
 
 def choose_dtype(name, device):
-    """Returns the dtype for matmuls: the named one, or by default the fastest that the device has hardware
-    for. Raises ModelError if it does not run there."""
+    """Returns the dtype for matmuls: the named one, or by default the fastest that the device is known
+    to have hardware for. Raises ModelError if it does not run there."""
     modern = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bfloat16" and not modern:
         print("warning: this GPU has no hardware bfloat16: float16 is faster", file=sys.stderr)

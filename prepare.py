@@ -11,7 +11,7 @@ the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of t
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
 each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin (which may
-cut a document in two) and is never trained on. A document is a .txt file, a line of .jsonl or a row of
+cut a document in two) and is never trained on. A document is a .txt or .py file, a line of .jsonl or a row of
 .parquet. A literal <|endoftext|> in a text also ends a document.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
@@ -156,10 +156,11 @@ def encode(tokenizer, pieces):
 def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1):
     """Encodes the first sample_size files or rows of the sources (None: all) into a folder; returns its meta.
     tokenizer_name is "gpt2", "bytes", "bpe" (learns a vocabulary) or another data folder (uses that one's).
-    If a source is bad, raises UserError and leaves the folder unchanged."""
+    If a source is bad, raises UserError and leaves the folder unchanged. What is not above is plumbing."""
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
+        # For "bpe", this counts the words of the first pieces, learns from them, and puts them back in front.
         name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
         with open(new / "train.bin", "wb") as file:
             file.writelines(encode_all(pieces, tokenizer_arguments(name, vocabulary)))
@@ -220,9 +221,9 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
         first.append(piece)
         size += len(piece[0])
         if size >= LEARN_FROM:
-            note(f"learning the vocabulary from the first {size:,} characters")
+            note(f"learning the vocabulary from the first {size * (1 - val_fraction):,.0f} characters")
             break
-    texts, left = [], size * (1 - val_fraction)     # the rest is for validation
+    texts, left = [], size * (1 - val_fraction)     # roughly the part that is for training
     for text, _ in first:
         texts.append(text[:math.ceil(left)])
         left = max(0, left - len(text))
@@ -688,7 +689,7 @@ def main(argv=None):
         "to use its vocabulary (default: bpe for python, otherwise gpt2)")
     add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
         metavar="N", help="bpe's vocabulary size, including bytes and <|endoftext|> (default: 2048)")
-    add("--sample_size", type=positive_int, metavar="N", help="take only the first N files or rows")
+    add("--sample_size", type=positive_int, metavar="N", help="take only the first N files or rows with text")
     add("--val_fraction", type=checked(float, lambda x: 0 < x < 1, "a number between 0 and 1"), default=0.1,
         help="fraction of the tokens, from the end, held out for validation")
     args = parser.parse_args(argv)
@@ -703,8 +704,8 @@ def main(argv=None):
     if folder.parts[0] != "data" or len(folder.parts) == 1 or any(part[0] == "." for part in folder.parts):
         raise UserError(f"--name must be the name of a folder in data, not {folder}")
     if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:
-        raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on it "
-                        "can then no longer be resumed)")
+        raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on "
+                        "what it has now can then no longer be resumed)")
     started = time.perf_counter()
     meta = prepare(sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
                    args.val_fraction)

@@ -1,6 +1,6 @@
 """From weights and a prompt to text: prints the continuation token by token, as it is generated.
 
-    python sample.py --prompt "def"                                     uses the newest run in out/
+    python sample.py --prompt "def"                                     uses best.pt of the newest run in out/
     python sample.py --prompt "def" --num_samples 3
     python sample.py --prompt "Once upon" --show_probs                  shows likely alternatives
     python sample.py --export FOLDER                                    for Hugging Face's transformers
@@ -100,7 +100,6 @@ def load_model(source):
     """Returns a model on the CPU, and its tokenizer's name and vocabulary. The source is a checkpoint or
     folder of train.py, or what GPT.from_pretrained takes. Raises ModelError or UserError."""
     source = newest_checkpoint(source) or source
-    exported = Path(source, "vocabulary.tiktoken")
     if os.path.isfile(source) or str(source).endswith(".pt"):
         model, meta = load_checkpoint(source)
         if "data" not in meta:
@@ -113,7 +112,7 @@ def load_model(source):
                         "train.py has saved one, or pass another file or folder")
     else:
         model, tokenizer = GPT.from_pretrained(source), ("gpt2", "")
-        if exported.exists():
+        if (exported := Path(source, "vocabulary.tiktoken")).exists():
             tokenizer = read_vocabulary(exported)
         elif has_other_tokenizer(source):
             raise UserError(f"{source} has a tokenizer of its own: only models with GPT-2's can be used")
@@ -185,7 +184,7 @@ def parse_args(argv):
     add("--checkpoint", help="a file or folder that train.py wrote, a folder with a GPT-2 in Hugging Face's "
         "format, or its name on their hub, such as gpt2-xl (default: the newest run in out/)")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--num_samples", type=positive_int, default=1, help="number of continuations")
+    output.add_argument("--num_samples", type=positive_int, default=1, help="how many to print (default: 1)")
     output.add_argument("--show_probs", action="store_true", help="print each token on a line (> marks new "
                         "ones), with its probability and its likeliest rivals")
     output.add_argument("--export", metavar="FOLDER",
@@ -197,7 +196,7 @@ def parse_args(argv):
     add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "a number above 0, at most 1"), default=1.0,
         help="sample only from the fewest tokens whose probabilities reach this")
     add("--seed", type=seed_int, default=1337, help="of the first sample; the others use the next seeds")
-    add("--dtype", choices=DTYPES, help="(default: the fastest that the device has hardware for)")
+    add("--dtype", choices=DTYPES, help="of matmuls and weights (default: the fastest with hardware for it)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     return parser.parse_args(argv)
 
@@ -223,7 +222,7 @@ def main(argv=None):
     tokenizer = get_tokenizer(*tokenizer)
     length, block_size = len(encode_prompt(tokenizer, args.prompt)), model.config.block_size
     if length > block_size:
-        note(f"the prompt has {length:,} tokens: the model sees only the last {block_size:,}")
+        note(f"the prompt has {length:,} tokens: the model sees at most the last {block_size:,}")
     model = model.to(device, dtype)
     if not model(torch.zeros(1, 1, dtype=torch.int64, device=device)).isfinite().all():
         raise UserError("the model's logits are not finite: its run diverged, or try --dtype float32")

@@ -14,10 +14,10 @@ sequences, so that they fit into memory: 64 sequences may be 2 ranks x 2 micro-b
 update their weights identically. Steps are numbered from 0, but the log counts those that are done: the line
 of step 0 says "step 1".
 
-last.pt is written before each evaluation or epoch_*.pt, every ten minutes in between, and when the run ends
-or is stopped: first to a temporary file, which then replaces it, so that a crash leaves the old one intact. A
-run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on the same
-kind of CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharding.
+last.pt is written before each evaluation or epoch_*.pt, every ten minutes in between, and when the run is
+done or stopped: first to a temporary file, which then replaces it, so that a crash leaves the old one intact.
+A run that is stopped and resumed computes exactly what it would have without the stop (bit for bit on the
+same kind of CPU): a step depends only on flags, data, last.pt, ranks and threads. Left out: sharding.
 """
 
 import argparse
@@ -111,9 +111,9 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. At first, AdamW's means rest on few gradients, so the rate
-    starts small. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the
-    peak at step W. Then it falls, so that the weights settle. One step after the last, it would be `low`:
+    """The learning rate of a step, counted from 0. It starts small, as AdamW's means (below) rest on few
+    gradients at first. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0
+    to the peak at step W. Then it falls, so that the weights settle. One step after the last, it would be `low`:
 
         linear      straight down (the default)
         cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
@@ -172,7 +172,7 @@ def backward(model, micro_batches, scaler, autocast):
         # these sums over all ranks. This flag, set before forward, tells it which pass is the last; without
         # DDP, it does nothing.
         model.require_backward_grad_sync = i == len(micro_batches)
-        with autocast:      # runs matmuls in --dtype: in 16 bits, several times faster
+        with autocast:      # runs matmuls in --dtype: in 16 bits, several times faster; weights stay float32
             part = model(inputs, targets) / len(micro_batches)      # the parts, and their gradients, add up
         # The smallest positive float16 is 6e-8, and many gradients are smaller. So the scaler multiplies the
         # loss, and with it all gradients, by a large number, the loss scale. In other dtypes it is 1.
@@ -207,7 +207,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
     its standard error: how much it would typically vary with other text. The ranks share the batches. The
-    caller switches dropout off. count is --eval_sequences; after the last step, once more all of them."""
+    caller switches dropout off. count is --eval_sequences and, after the last step, as many as there are."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
     losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]
@@ -232,9 +232,9 @@ class State:
 
 def train(run, told_to_stop):
     """The training loop. run holds what set_up built from the flags: model, optimizers, batches and so on.
-    wrapped_model is what is trained: model itself, or model in DDP. told_to_stop() is true after Ctrl-C, for
-    example. Returns whether it was. save_if_due, evaluate_and_save and check_finite are in the plumbing, and
-    do what their names say."""
+    wrapped_model is what is trained: model itself, compiled, or in DDP. told_to_stop() is true after Ctrl-C,
+    for example. Returns whether it was. save_if_due, evaluate_and_save and check_finite are in the plumbing,
+    and do what their names say."""
     args, world, state = run.args, run.world, run.state
     stop_votes = 0
     while not stop_votes:
@@ -414,7 +414,7 @@ def check_finite(run, loss, grad_norm, lr):
     if run.state.skipped >= (SKIPS_IN_A_ROW if run.scaler.is_enabled() else 1):
         raise UserError(
             f"step {run.state.step + 1:,} has loss {loss:g} and a gradient of norm {grad_norm:g} at learning "
-            f"rate {lr:.3g} and loss scale {run.scaler.get_scale():g}: use a lower --lr, with --resume to "
+            f"rate {lr:.3g} (loss scale now {run.scaler.get_scale():g}): use a lower --lr, with --resume to "
             "continue from last.pt, if there is one, or with --init from best.pt")
 
 
@@ -446,7 +446,7 @@ class Run:
     """What set_up prepares for the loop."""
     args: argparse.Namespace            # the flags
     data: dict                          # the data folder's meta.json and vocabulary
-    world: "World"                      # all ranks: this one's number, their count, sums over all
+    world: World                        # all ranks: this one's number, their count, sums over all
     autocast: object                    # runs matmuls in a faster dtype
     model: GPT                          # the plain model
     optimizers: list
@@ -737,7 +737,7 @@ def show_sample_and_curves(run):
         with run.log.optional("sample"):
             tokenizer = get_tokenizer(run.data["tokenizer"], run.data["vocabulary"])
             text = "".join(complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50))
-            text = text.strip() or "(empty: the model ended the document at once)"
+            text = text.strip() or "(blank)"
             run.world.print("sample:\n    " + text.replace("\n", "\n    "))
         with run.log.optional("curves"):
             draw_curves(run.args.out)
@@ -806,7 +806,7 @@ def make_parser():
     add("--global_batch_size", type=positive_int, help="sequences per step (default: batch_size x processes; "
         "for nano, 32)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive_float, help="times to go through the data (default: 20)")
+    length.add_argument("--epochs", type=positive_float, help="passes over the data (default: see below)")
     length.add_argument("--max_steps", type=positive_int, help="steps to take")
     length.add_argument("--minutes", type=positive_float, help="plan a new run to take this many minutes")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
@@ -823,7 +823,7 @@ def make_parser():
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
     add("--keep_epochs", type=positive_int, metavar="N",
         help="keep a checkpoint every N epochs (default: 4, but no more than 20 checkpoints)")
-    add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest that the device has hardware for)")
+    add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest with hardware for it)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train with torch.compile")
     add("--dry_run", action="store_true", help="estimate time and memory; write nothing")

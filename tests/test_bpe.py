@@ -128,7 +128,7 @@ def test_a_large_text_is_learned_from_its_beginning_and_that_is_said(monkeypatch
     Path("rows.jsonl").write_text("".join(rows))
     prepare.prepare(["rows.jsonl"], "data/rows", "bpe", 300)
     assert load_meta("data/rows")["vocab_size"] == 259 and load_meta("data/rows")["val"]["documents"] > 9
-    assert "learning the vocabulary from the first 115 characters" in capsys.readouterr().err
+    assert "learning the vocabulary from the first 104 characters" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- a tokenizer of it

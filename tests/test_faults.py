@@ -118,7 +118,7 @@ def test_weights_that_are_not_finite_end_the_run(fails, data, monkeypatch, dtype
 
     at_step(monkeypatch, 3, spoil)
     fails(main, [*QUICK, "--dtype", dtype, "--max_steps", 9, "--eval_interval", 2],
-          "step 3 has loss nan and a gradient of norm nan at learning rate 0.00875 and loss scale 1: "
+          "step 3 has loss nan and a gradient of norm nan at learning rate 0.00875 (loss scale now 1): "
           "use a lower --lr, with --resume to continue from last.pt")
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
@@ -199,7 +199,7 @@ def test_in_float16_the_run_ends_after_20_skipped_steps_in_a_row(fails, data, mo
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0 ** 60))
     fails(main, [*QUICK, "--dtype", "float16", "--max_steps", 50, "--log_interval", 1],
-          "and a gradient of norm nan at learning rate 0.00689 and loss scale 1.09951e+12: use a lower "
+          "and a gradient of norm nan at learning rate 0.00689 (loss scale now 1.09951e+12): use a lower "
           "--lr, with --resume to continue from last.pt")
     assert [row["loss_scale"] for row in log()] == [2.0 ** (60 - step) for step in range(1, 20)]
 

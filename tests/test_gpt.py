@@ -33,7 +33,7 @@ def test_each_model_has_exactly_its_published_number_of_parameters(name, paramet
     ({"n_layer": 0}, "n_layer must be a whole number above 0, not 0"),
     ({"block_size": 2.5}, "block_size must be a whole number above 0, not 2.5"),
     ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
-    ({"dropout": 0}, "dropout must be at least 0 and below 1, not 0"),
+    ({"dropout": True}, "dropout must be at least 0 and below 1, not True"),
     ({"dropout": "0"}, "dropout must be at least 0 and below 1, not '0'")])
 def test_sizes_that_do_not_fit_are_refused_by_name(sizes, complaint):
     with pytest.raises(ModelError, match=complaint):
