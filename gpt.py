@@ -229,7 +229,7 @@ class GPT(nn.Module):
         x = self.hidden(ids)
         if targets is None:
             return self.logits(x)
-        return self.loss(x, self.lm_head.weight, targets, self.config.vocab_size)
+        return self.loss(x, self.lm_head.weight, targets, self.config.vocab_size)       # makes its own logits
 
     def hidden(self, ids, caches=None):
         """ids (B, T) -> (B, T, C). With caches, a KVCache per block, ids continue the cached positions."""
@@ -270,7 +270,7 @@ class GPT(nn.Module):
             next_ids = next_token(logits, temperature, top_k, top_p, generator)
             yield next_ids
             unread = next_ids.unsqueeze(1)                                  # (B,) -> (B, 1)
-            ids = torch.cat([ids, unread], dim=1)[:, -block_size:]
+            ids = torch.cat([ids, unread], dim=1)[:, -block_size:]          # for when the caches are full
 
 
 # --------------------------------------------------------------------------------- generation

@@ -11,8 +11,8 @@ the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of t
 
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
 each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin (which may
-cut a document in two) and is never trained on. A document is a .txt or .py file, a line of .jsonl or a row of
-.parquet. A literal <|endoftext|> in a text also ends a document.
+cut a document in two) and is never trained on. A document is a .txt file, a line of .jsonl, a row of .parquet
+or, by default, a .py file. A literal <|endoftext|> in a text also ends a document.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
@@ -71,8 +71,8 @@ def learn_vocabulary(word_counts, max_tokens):
     would use up tokens. This also saves time: a word that occurs a million times is merged once.
 
     Still, this takes minutes: the program uses learn_vocabulary_fast, below, which makes the same merges."""
-    # Here a word is a string in which chr(n) stands for token n, so that word.replace(pair, new) merges a
-    # pair. b"hello" is "hello" at first, and "heĬo" once "ll" is token 300.
+    # Here a word is a string in which chr(n) stands for token n (latin-1 does that for bytes), so that
+    # word.replace(pair, new) merges a pair. b"hello" is "hello" at first, and "heĬo" once "ll" is token 300.
     words = {word.decode("latin-1"): count for word, count in word_counts.items()}
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < max_tokens:

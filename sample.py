@@ -1,6 +1,6 @@
 """From weights and a prompt to text: prints the continuation token by token, as it is generated.
 
-    python sample.py --prompt "def"                                     uses best.pt of the newest run in out/
+    python sample.py --prompt "def"                                     uses the newest run in out/
     python sample.py --prompt "def" --num_samples 3
     python sample.py --prompt "Once upon" --show_probs                  shows likely alternatives
     python sample.py --export FOLDER                                    for Hugging Face's transformers

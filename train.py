@@ -54,7 +54,7 @@ from sample import complete, load_model
 class Sequences:
     """Sequences of block_size + 1 tokens, one starting every `stride` tokens (by default, block_size). In
     each, all but the last token are inputs and all but the first are targets: the target is the next token.
-    Position 0 predicts it from one token, position 1 from two, and so on: block_size examples in a sequence.
+    Position 0 predicts it from one token, position 1 from two, and so on: block_size predictions at once.
 
     A sequence may begin in the middle of a document and contain several. Attention sees across their borders:
     the model learns that <|endoftext|> starts something new."""
@@ -74,7 +74,7 @@ class Sequences:
         return ids[:, :-1], ids[:, 1:]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)       # called for each sequence, but shuffles only when an epoch begins
 def epoch_order(n, seed, epoch):
     """The order in which an epoch reads n sequences, each of them once: a permutation that depends only on
     seed and epoch."""
@@ -111,9 +111,9 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. It starts small, as AdamW's means (below) rest on few
-    gradients at first. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0
-    to the peak at step W. Then it falls, so that the weights settle. One step after the last, it would be `low`:
+    """The learning rate of a step, counted from 0. It starts small, while AdamW's means (see below) rest on
+    few gradients. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the
+    peak at step W. Then it falls, so that the weights settle. One step after the last, it would be `low`:
 
         linear      straight down (the default)
         cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
@@ -138,14 +138,14 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     https://arxiv.org/abs/1711.05101) divides a running mean of the gradient by its running root mean square.
     How far a weight moves then does not depend on how large its gradient is.
 
-    Both also shrink every matrix a little at each step, embeddings too, by the learning rate times
+    Both also shrink every matrix a little at each step, embeddings too, by its learning rate times
     weight_decay, so that weights grow only where it helps. Vectors (biases, LayerNorm weights) do not decay:
     they are few, and a LayerNorm weight of 0 mutes its channel."""
     matrices = {path: p for path, p in model.named_parameters() if p.dim() >= 2}
     vectors = [p for p in model.parameters() if p.dim() < 2]
     for_muon = {path: p for path, p in matrices.items() if name == "muon" and path.startswith("h.")}
     for_adamw = [p for path, p in matrices.items() if path not in for_muon]
-    # When Muon trains the blocks, embeddings and lm_head do best at 4 times its learning rate: see `update`.
+    # Found by trial: beside Muon, embeddings and lm_head learn best at 4 times its learning rate.
     groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))]
@@ -188,7 +188,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
     gradients are averages over all ranks, so all decide alike. If the norm of all gradients together is above
     grad_clip, they are scaled down to it, so that one outlier batch cannot do much damage."""
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)      # divides gradients by the loss scale, and notes any inf or NaN
+        scaler.unscale_(optimizer)      # in float16, divides by the loss scale, and notes any inf or NaN
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
@@ -207,7 +207,7 @@ def update(model, optimizers, scaler, loss, lr, grad_clip):
 def evaluate(model, sequences, count, batch_size, autocast, world):
     """Returns the mean loss in nats per token over `count` evenly spaced sequences, always the same ones, and
     its standard error: how much it would typically vary with other text. The ranks share the batches. The
-    caller switches dropout off. count is --eval_sequences and, after the last step, as many as there are."""
+    caller switches dropout off. After the last step, a second call evaluates all sequences."""
     chosen = np.arange(count) * len(sequences) // count
     batches = [chosen[i:i + batch_size] for i in range(0, count, batch_size)]
     losses, sizes = [0.0] * len(batches), [len(batch) for batch in batches]
@@ -248,7 +248,7 @@ def train(run, told_to_stop):
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)     # so last.pt needs no random state
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
-        # All ranks get these same two sums, the mean loss and the votes, so all stop after the same step.
+        # Sums over all ranks: the mean loss, and how many want to stop (True is 1). So all stop together.
         loss, stop_votes = world.sum(loss / world.size, told_to_stop())
         grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
         # A skipped step counts like any other, and its batch is not repeated.
@@ -284,8 +284,9 @@ class Muon(torch.optim.Optimizer):
             [matrix] = group["params"]
             if matrix not in self.state:
                 self.state[matrix]["mean"] = torch.zeros_like(matrix)
+            # mean becomes 0.9 mean + 0.1 gradient. With the new one, the direction is so again (Nesterov).
             mean = self.state[matrix]["mean"].lerp_(matrix.grad, 1 - group["momentum"])
-            direction = matrix.grad.lerp(mean, group["momentum"])   # 0.9 mean + 0.1 gradient (Nesterov)
+            direction = matrix.grad.lerp(mean, group["momentum"])
             parts = direction.view(group["parts"], -1, matrix.shape[1])
             # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scaled to 0.2,
             # they are as large as AdamW's steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
