@@ -7,9 +7,9 @@
 
 B is the batch size (sequences side by side), T time (positions in a sequence), C channels (the width of the
 vector at each position), H attention heads, D head size (H * D = C), V the vocabulary size. A token is a
-number below V, made from text by prepare.py. Logits are scores, one per token, which a softmax turns into
-probabilities. Layers are named as in OpenAI's release: wte has a learned vector for each token, wpe one for
-each position (attention alone ignores order), h holds the blocks, and c_attn, c_fc and c_proj are linear.
+number below V, made from text by prepare.py. Logits are scores, one per token, and softmax turns them into
+probabilities, exp(score) / sum. Layers are named as in OpenAI's release: wte has a learned vector per token,
+wpe one per position (the scores of attention ignore order), h the blocks; c_attn, c_fc, c_proj are linear.
 
 There are two versions of GELU, attention, cross-entropy and LayerNorm: formulas, for reading, and kernels,
 below the banner, which are faster and agree up to rounding. GPT(config), and so train.py, uses KERNELS (to
@@ -41,7 +41,7 @@ class GPTConfig:
     n_head: int = 12            # H, attention heads in each block
     n_embd: int = 768           # C, the width
     mlp_ratio: int = 4          # width inside a block's MLP, as a multiple of C
-    dropout: float = 0.0        # fraction of activations zeroed in training
+    dropout: float = 0.0        # fraction of activations zeroed in training, against overfitting
     bias: bool = True           # whether linear layers (except lm_head) and LayerNorms add a bias
     tied: bool = True           # whether lm_head uses the weights of wte
 
@@ -133,7 +133,7 @@ class LayerNorm(nn.Module):
 
 class CausalSelfAttention(nn.Module):
     """The only place where positions exchange information. H heads work in parallel, each with queries, keys
-    and values of its own: one may look for the last verb, another for an open bracket."""
+    and values of its own: one may look for a verb, another for a bracket. c_proj combines their results."""
 
     def __init__(self, config, ops):
         super().__init__()
@@ -256,7 +256,7 @@ class GPT(nn.Module):
 
         The model sees at most block_size tokens. When the caches are full, they are cleared, and the newest
         block_size / 2 tokens are read again, as positions 0, 1, 2 and so on. Dropping just the oldest token
-        would move all others down one position: the whole cache would have to be computed again."""
+        would move all others down one position: the whole cache would be computed again for every token."""
         block_size = self.config.block_size
         unread = ids[:, -block_size:]       # the tokens that are not in the caches yet
         caches = [KVCache(self, batch_size=len(ids)) for _ in self.h]

@@ -12,7 +12,7 @@ the tokenizer "bytes", each byte is a token. "gpt2" has 50,257 tokens, most of t
 train.bin and val.bin are raw little-endian uint16 tokens without a header: all documents, one after another,
 each followed by the token <|endoftext|>. By default, the last tenth of the tokens goes to val.bin (which may
 cut a document in two) and is never trained on. A document is a .txt file, a line of .jsonl, a row of .parquet
-or, by default, a .py file. A literal <|endoftext|> in a text also ends a document.
+or a .py file of Python's library. A literal <|endoftext|> in a text also ends a document.
 
 Left out: shuffling (train.py shuffles as it reads), cleaning, deduplication.
 """
@@ -103,7 +103,7 @@ WORD = "|".join([
     r" ?\p{N}{1,3}",                              # up to three digits
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",            # symbols, and newlines after them: "):\n"
     r"\s+(?!\S)",                                 # white space, except the last space before a word
-    r"\s+",
+    r"\s+",                                       # the rest: "\n" in "a\nb"
 ])
 
 
@@ -156,7 +156,7 @@ def encode(tokenizer, pieces):
 def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, val_fraction=0.1):
     """Encodes the first sample_size files or rows of the sources (None: all) into a folder; returns its meta.
     tokenizer_name is "gpt2", "bytes", "bpe" (learns a vocabulary) or another data folder (uses that one's).
-    If a source is bad, raises UserError and leaves the folder unchanged. What is not above is plumbing."""
+    If a source is bad, raises UserError and leaves the folder unchanged. Helpers not above are plumbing."""
     with new_folder(Path(folder)) as new:
         files = [file for source in sources for file in find_files(source, new)]
         pieces = read_pieces(files, sample_size)
@@ -483,7 +483,7 @@ FORMAT = 3      # version of its files
 
 @contextmanager
 def new_folder(folder):
-    """Yields an empty folder inside `folder`. At the end, its files replace those in `folder`: the old
+    """Yields a new folder inside `folder`. At the end, its files replace those in `folder`: the old
     meta.json goes first, the new one comes last. After an exception, `folder` is as it was before, or removed
     if it would be empty."""
     new = folder / ".unfinished"
@@ -707,8 +707,7 @@ def main(argv=None):
         raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on "
                         "what it has now can then no longer be resumed)")
     started = time.perf_counter()
-    meta = prepare(sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size,
-                   args.val_fraction)
+    meta = prepare(sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size, args.val_fraction)
     seconds = time.perf_counter() - started
     documents, tokens = (meta["train"][unit] + meta["val"][unit] for unit in ("documents", "tokens"))
     print(f"{folder}: {documents:,} documents, {meta['train']['tokens']:,} tokens for training and "

@@ -108,7 +108,7 @@ def load_model(source):
     elif "/" in str(source) and not os.path.exists(source) and Path(source).parent.is_dir():
         raise UserError(f"there is no {source}: run train.py first, or pass a file or folder that exists")
     elif os.path.isdir(source) and not Path(source, "config.json").exists():
-        raise UserError(f"{source} has no checkpoint, and no model in Hugging Face's format: wait until "
+        raise UserError(f"{source} has no last.pt, and no model in Hugging Face's format: wait until "
                         "train.py has saved one, or pass another file or folder")
     else:
         model, tokenizer = GPT.from_pretrained(source), ("gpt2", "")
@@ -170,10 +170,11 @@ def export(model, tokenizer, folder):
 
 
 def newest_checkpoint(*folders):
-    """Returns the newest checkpoint in these folders (best.pt of each, or else last.pt), or None."""
+    """Returns a checkpoint of the newest run in these folders (its best.pt, or else last.pt), or None."""
     runs = {path.parent: path for name in ("last.pt", "best.pt") for folder in folders
             if (path := Path(folder, name)).exists()}
-    return max(runs.values(), key=lambda path: path.stat().st_mtime, default=None)
+    return max(runs.values(), default=None,
+               key=lambda path: max(file.stat().st_mtime for file in path.parent.glob("*.pt")))
 
 
 def parse_args(argv):

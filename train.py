@@ -135,8 +135,8 @@ def learning_rate(step, total_steps, warmup, peak, low, schedule):
 def make_optimizers(name, model, weight_decay, device, dtype):
     """Returns [AdamW], which trains everything, or for "muon" (nano's default) [AdamW, Muon]: then the
     matrices of the blocks are trained by Muon, explained after the loop. AdamW (Loshchilov and Hutter 2017,
-    https://arxiv.org/abs/1711.05101) divides a running mean of the gradient by its running root mean square.
-    How far a weight moves then does not depend on how large its gradient is.
+    https://arxiv.org/abs/1711.05101) divides a running mean of the gradient by its running root mean square
+    (betas: how much of the old ones it keeps). So a weight moves as far for small gradients as for large.
 
     Both also shrink every matrix a little at each step, embeddings too, by its learning rate times
     weight_decay, so that weights grow only where it helps. Vectors (biases, LayerNorm weights) do not decay:
@@ -145,7 +145,7 @@ def make_optimizers(name, model, weight_decay, device, dtype):
     vectors = [p for p in model.parameters() if p.dim() < 2]
     for_muon = {path: p for path, p in matrices.items() if name == "muon" and path.startswith("h.")}
     for_adamw = [p for path, p in matrices.items() if path not in for_muon]
-    # Found by trial: beside Muon, embeddings and lm_head learn best at 4 times its learning rate.
+    # Found by trials of longer runs: beside Muon, embeddings and lm_head do best at 4 times its rate.
     groups = [{"params": for_adamw, "weight_decay": weight_decay, "lr_scale": 4 if for_muon else 1},
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))]
@@ -233,8 +233,8 @@ class State:
 def train(run, told_to_stop):
     """The training loop. run holds what set_up built from the flags: model, optimizers, batches and so on.
     wrapped_model is what is trained: model itself, compiled, or in DDP. told_to_stop() is true after Ctrl-C,
-    for example. Returns whether it was. save_if_due, evaluate_and_save and check_finite are in the plumbing,
-    and do what their names say."""
+    for example. Returns whether any rank stopped it. save_if_due, evaluate_and_save and check_finite are in
+    the plumbing, and do what their names say."""
     args, world, state = run.args, run.world, run.state
     stop_votes = 0
     while not stop_votes:
@@ -284,7 +284,7 @@ class Muon(torch.optim.Optimizer):
             [matrix] = group["params"]
             if matrix not in self.state:
                 self.state[matrix]["mean"] = torch.zeros_like(matrix)
-            # mean becomes 0.9 mean + 0.1 gradient. With the new one, the direction is so again (Nesterov).
+            # mean becomes 0.9 mean + 0.1 gradient; direction, 0.9 of the new mean + 0.1 gradient (Nesterov).
             mean = self.state[matrix]["mean"].lerp_(matrix.grad, 1 - group["momentum"])
             direction = matrix.grad.lerp(mean, group["momentum"])
             parts = direction.view(group["parts"], -1, matrix.shape[1])
@@ -626,7 +626,7 @@ def restore(run, meta):
                             f"leave out --{name}, or choose another --out")
     for optimizer, state in zip(run.optimizers, meta["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    if run.scaler.is_enabled() and meta["scaler"]:
+    if meta["scaler"]:      # of a run in float16; if this one is not, it ignores that
         run.scaler.load_state_dict(meta["scaler"])
     run.state = State(**{name: meta[name] for name in asdict(run.state)})
 
@@ -649,7 +649,7 @@ def describe(run, dtype):
         run.world.print("all steps are done: raise --max_steps or --epochs to train further")
     threads, load = torch.get_num_threads(), getattr(os, "getloadavg", lambda: [0])()[0]    # not on Windows
     if run.world.device.type == "cpu" and 1 < threads < 2 * load:
-        run.world.print("other programs use the cores: if this is slow, put OMP_NUM_THREADS=1 before python")
+        run.world.print("the cores have been busy: if this is slow, put OMP_NUM_THREADS=1 before python")
     if args.dry_run:
         seconds = seconds_per_step(run)
         left = duration(seconds * max(0, run.total_steps - done))
@@ -737,9 +737,8 @@ def show_sample_and_curves(run):
     if run.world.rank == 0:
         with run.log.optional("sample"):
             tokenizer = get_tokenizer(run.data["tokenizer"], run.data["vocabulary"])
-            text = "".join(complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50))
-            text = text.strip() or "(blank)"
-            run.world.print("sample:\n    " + text.replace("\n", "\n    "))
+            text = "".join(complete(run.model, tokenizer, "", 150, temperature=0.8, top_k=50)).strip()
+            run.world.print("sample:\n    " + (text or "(blank)").replace("\n", "\n    "))
         with run.log.optional("curves"):
             draw_curves(run.args.out)
 

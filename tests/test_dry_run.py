@@ -50,7 +50,7 @@ def test_a_run_whose_threads_would_wait_for_busy_cores_says_how_to_use_one(foret
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for load, busy in ((1.9, False), (2.1, True)):
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
-        says = "other programs use the cores: if this is slow, put OMP_NUM_THREADS=1 before python"
+        says = "the cores have been busy: if this is slow, put OMP_NUM_THREADS=1 before python"
         assert (says in foretold("--max_steps", 2)) == busy
 
 

@@ -134,6 +134,17 @@ def test_the_newest_best_checkpoint_is_the_default_and_is_named(checkpoint, mode
     assert f"sampling from {Path('out/newer/best.pt')}" in capsys.readouterr().err
 
 
+def test_a_run_that_still_trains_is_newer_than_one_with_a_newer_best_checkpoint(checkpoint, model, capsys):
+    meta = {"data": {"tokenizer": "bytes", "vocabulary": ""}}
+    for time, path in ((2, "out/older/best.pt"), (3, "out/newer/last.pt"), (1, "out/newer/best.pt")):
+        Path(path).parent.mkdir(exist_ok=True)
+        gpt.save_checkpoint(path, model, meta)
+        os.utime(path, (time, time))
+    os.utime(checkpoint, (1, 1))
+    main(["--max_new_tokens", "1"])
+    assert f"sampling from {Path('out/newer/best.pt')}" in capsys.readouterr().err
+
+
 def test_characters_that_a_console_does_not_know_become_question_marks(checkpoint):
     command = [sys.executable, ROOT / "sample.py", "--prompt", "20 € in 東京", "--max_new_tokens", "1"]
     result = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
@@ -249,7 +260,7 @@ def test_on_a_terminal_likely_tokens_are_green_and_unlikely_ones_red(sampled, mo
     (["--checkpoint", "odd.pt"], "odd.pt has 99 tokens, but the tokenizer bytes has 257"),
     (["--checkpoint", "text.pt"], "text.pt is damaged, cut short, or not a checkpoint of this program"),
     (["--temperature", "-1"], "argument --temperature: must be a number from 0 to 1e35, not '-1'"),
-    (["--checkpoint", "out"], "out has no checkpoint, and no model in Hugging Face's format: wait until"),
+    (["--checkpoint", "out"], "out has no last.pt, and no model in Hugging Face's format: wait until"),
     (["--num_samples", "2", "--show_probs"], "--show_probs: not allowed with argument --num_samples"),
     (["--temperature", "hot"], "argument --temperature: must be a number from 0 to 1e35, not 'hot'"),
     (["--temperature", "nan"], "argument --temperature: must be a number from 0 to 1e35, not 'nan'"),
