@@ -262,7 +262,7 @@ class GPT(nn.Module):
         caches = [KVCache(self, batch_size=len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
-                unread = ids[:, -max(1, block_size // 2):]
+                unread = ids[:, -max(1, block_size // 2):]      # ends with the token that was unread
                 for cache in caches:
                     cache.length = 0
             logits = self.logits(self.hidden(unread, caches)[:, -1]).float()    # (B, T) -> (B, C) -> (B, V)
@@ -359,8 +359,8 @@ def chunked_cross_entropy(x, weight, targets, vocab_size):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of -ln(probability of the target) over the rows of x (N, C), a chunk of rows at a time. The
     gradient of a row's logits is softmax(logits) - onehot(target), known as soon as the logits are. So
-    forward also computes the gradients of x and weight, and discards the logits. backward only scales these
-    gradients."""
+    forward also computes the gradients of x and weight, and discards the logits. backward multiplies these by
+    1 / N and the loss scale. (Until then they are N times as large, so float16 holds them.)"""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):
@@ -433,7 +433,7 @@ def load_checkpoint(path):
         with torch.device("meta"):      # uses no memory and skips initialization
             model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["model"], assign=True)
-        if model.config.tied:
+        if model.config.tied:       # assign=True made two parameters of one
             model.lm_head.weight = model.wte.weight
         return model.eval(), dict(content["meta"])
     except PermissionError:

@@ -163,7 +163,7 @@ def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, 
         # For "bpe", this counts the words of the first pieces, learns from them, and puts them back in front.
         name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
         with open(new / "train.bin", "wb") as file:
-            file.writelines(encode_all(pieces, tokenizer_arguments(name, vocabulary)))
+            file.writelines(encode_all(pieces, tokenizer_arguments(name, vocabulary)))      # arrays, as bytes
             n_tokens = file.tell() // TOKEN_DTYPE.itemsize
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
@@ -291,7 +291,7 @@ def encode_all(pieces, parts):
     workers = min(16, os.cpu_count() or 1)
     # Threads that share one tokenizer run at 0.8 of the speed (on two cores). One of gpt2 takes 11 MB.
     tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
-    batches = iter(lambda: list(islice(pieces, 32)), [])        # so that short documents keep cores busy, too
+    batches = iter(lambda: list(islice(pieces, 32)), [])    # until [] comes. Many short documents at once.
     pending = deque()
     with ThreadPoolExecutor(workers) as pool:
         for tokenizer, batch in zip(cycle(tokenizers), batches):

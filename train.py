@@ -353,7 +353,7 @@ class World:
                 raise UserError(f"the processes cannot meet at MASTER_ADDR and MASTER_PORT ({error}): use "
                                 "torchrun, or another port") from error
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # survives restarts of ranks
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)       # no old keys
             nccl = device.type == "cuda" and dist.is_nccl_available()      # not on Windows
             dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=self.rank,
                                     world_size=self.size, timeout=PATIENCE)
@@ -475,7 +475,7 @@ def set_up(args, world, dtype, saved):
         model = GPT(replace(MODELS[args.model], vocab_size=data["vocab_size"], **sizes))
     model = model.to(world.device).train()
     # Some defaults depend on the model and the ranks. From here on args has them, and so do log and last.pt.
-    vars(args).update({**asdict(model.config), **sizes})
+    vars(args).update({**asdict(model.config), **sizes})        # sizes last: `restore` must see them
     args.stride = args.stride or args.block_size
     args.global_batch_size = args.global_batch_size or args.batch_size * world.size
     if args.global_batch_size % world.size:
@@ -838,7 +838,7 @@ def parse_args(argv):
     given comes from the run to continue (except those for one start only), else from the recipe, else
     from the parser. Raises UserError if a new run would overwrite an earlier one."""
     parser = make_parser()
-    given = parser.parse_args(argv)
+    given = parser.parse_args(argv)     # for now, only to find out which defaults apply
     out = given.out or str(Path("out", os.path.basename(os.path.abspath(given.data))))
     last, saved = Path(out, "last.pt"), None
     if last.exists() and given.resume:

@@ -71,6 +71,13 @@ def test_a_pipeline_stops_where_the_context_of_an_exported_model_ends(model):
     assert text.startswith("The sea") and len(text) <= model.config.block_size
 
 
+def test_a_model_that_computes_something_else_than_gpt2_is_not_exported(model):
+    model.h[0].mlp.gelu = torch.nn.ReLU()
+    with pytest.raises(gpt.ModelError, match="GPT-2 computes other logits with its weights"):
+        sample.export(model, ("bytes", ""), "folder")
+    assert not Path("folder").exists()
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
 def test_an_exported_model_comes_back_with_its_tokenizer(model, gpt2, tokenizer):
     sample.export(gpt2 if tokenizer == "gpt2" else model, (tokenizer, ""), "folder")
