@@ -458,7 +458,10 @@ def weight_pairs(model, theirs):
 
 @torch.no_grad()
 def save_pretrained(model, folder):
-    """Writes a folder for transformers.GPT2LMHeadModel.from_pretrained. Needs the package transformers."""
+    """Writes a folder for transformers.GPT2LMHeadModel.from_pretrained. Needs the package transformers.
+    Raises ModelError if their GPT-2 computes something else from these weights."""
+    from copy import deepcopy
+
     import transformers
     transformers.logging.disable_progress_bar()
     config, end_of_text = model.config, model.config.vocab_size - 1
@@ -469,6 +472,10 @@ def save_pretrained(model, folder):
         tie_word_embeddings=config.tied, bos_token_id=end_of_text, eos_token_id=end_of_text))
     for ours, weight in weight_pairs(model, theirs):
         weight.copy_(ours)      # theirs always has biases; they stay 0 if ours has none
+    ids = torch.arange(min(16, config.block_size, config.vocab_size)).unsqueeze(0)
+    expected = deepcopy(model).to("cpu", torch.float32).eval()(ids)
+    if not torch.allclose(theirs.eval()(ids).logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ModelError("GPT-2 computes other logits with its weights: was gpt.py changed?")
     theirs.generation_config.max_length = config.block_size     # where their pipeline stops by default
     theirs.save_pretrained(folder)
 

@@ -221,9 +221,10 @@ def choose_tokenizer(name, vocab_size, pieces, val_fraction):
         first.append(piece)
         size += len(piece[0])
         if size >= LEARN_FROM:
-            note(f"learning the vocabulary from the first {size * (1 - val_fraction):,.0f} characters")
             break
     texts, left = [], size * (1 - val_fraction)     # roughly the part that is for training
+    if size >= LEARN_FROM:
+        note(f"learning the vocabulary from the first {left:,.0f} characters")
     for text, _ in first:
         texts.append(text[:math.ceil(left)])
         left = max(0, left - len(text))

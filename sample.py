@@ -146,8 +146,8 @@ def has_other_tokenizer(source):
 
 def export(model, tokenizer, folder):
     """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs transformers.
-    If that fails, or GPT-2 computes something else than the model, raises ModelError and leaves nothing."""
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+    If that fails, raises ModelError and leaves nothing."""
+    from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
     parts, parent = tokenizer_arguments(*tokenizer), Path(folder).absolute().parent
     [end] = parts["special_tokens"]
@@ -159,10 +159,6 @@ def export(model, tokenizer, folder):
             vocabulary.write_text(vocabulary_text(parts["mergeable_ranks"]))
             converter = TikTokenConverter(str(vocabulary), parts["pat_str"], extra_special_tokens=[end])
             model.save_pretrained(new)
-            ids = torch.arange(min(16, model.config.block_size)).unsqueeze(0)
-            theirs = GPT2LMHeadModel.from_pretrained(new)(ids).logits
-            if not torch.allclose(model(ids), theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise ModelError("GPT-2 computes other logits with its weights: was gpt.py changed?")
             PreTrainedTokenizerFast(
                 tokenizer_object=converter.converted(), bos_token=end, eos_token=end, unk_token=end,
                 model_max_length=model.config.block_size).save_pretrained(new)
@@ -177,8 +173,8 @@ def newest_checkpoint(*folders):
     """Returns a checkpoint of the newest run in these folders (its best.pt, or else last.pt), or None."""
     runs = {path.parent: path for name in ("last.pt", "best.pt") for folder in folders
             if (path := Path(folder, name)).exists()}
-    return max(runs.values(), default=None,
-               key=lambda path: max(file.stat().st_mtime for file in path.parent.glob("*.pt")))
+    return max(runs.values(), default=None, key=lambda path: max(
+        file.stat().st_mtime for file in path.parent.glob("*.pt") if file.exists()))      # not broken links
 
 
 def parse_args(argv):

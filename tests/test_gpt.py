@@ -40,6 +40,10 @@ def test_sizes_that_do_not_fit_are_refused_by_name(sizes, complaint):
         GPTConfig(**sizes)
 
 
+def test_a_whole_number_is_a_dropout():
+    assert GPTConfig(dropout=0) == GPTConfig(dropout=0.0)
+
+
 # ----------------------------------------------------------------------------------------------- layers
 
 def test_a_fresh_model_finds_all_tokens_about_equally_likely():

@@ -141,6 +141,7 @@ def test_a_run_that_still_trains_is_newer_than_one_with_a_newer_best_checkpoint(
         gpt.save_checkpoint(path, model, meta)
         os.utime(path, (time, time))
     os.utime(checkpoint, (1, 1))
+    Path("out/newer/epoch_0004.pt").symlink_to("nowhere")
     main(["--max_new_tokens", "1"])
     assert f"sampling from {Path('out/newer/best.pt')}" in capsys.readouterr().err
 
