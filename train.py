@@ -161,7 +161,7 @@ def make_optimizers(name, model, weight_decay, device, dtype):
 
 def backward(model, micro_batches, scaler, autocast):
     """Leaves in .grad the gradient of the mean loss over the whole global batch (in float16, multiplied by
-    the loss scale, explained below). Returns this rank's mean loss.
+    the loss scale, explained below). Returns this rank's mean loss, a tensor that a GPU may still compute.
 
     With several ranks, model is wrapped in DDP (PyTorch's DistributedDataParallel). At the start it copies
     the weights of rank 0 to all ranks; once per step it averages their gradients. So all ranks begin with the
@@ -177,28 +177,32 @@ def backward(model, micro_batches, scaler, autocast):
         # The smallest positive float16 is 6e-8, and many gradients are smaller. So the scaler multiplies the
         # loss, and with it all gradients, by a large number, the loss scale. In other dtypes it is 1.
         scaler.scale(part).backward()
-        mean_loss += part.detach()      # not .item(), which would wait for the GPU each time
-    return mean_loss.item()
+        mean_loss += part.detach()      # not .item(), which would wait for the GPU
+    return mean_loss
 
 
-def update(model, optimizers, scaler, loss, lr, grad_clip):
+def clip_gradients(model, optimizers, scaler, grad_clip):
+    """If the norm of all gradients together is above grad_clip, scales them down to it, so that one outlier
+    batch cannot do much damage. Returns the norm before."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)      # in float16, divides by the loss scale, and notes any inf or NaN
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()     # waits for the GPU
+
+
+def update(optimizers, scaler, loss, grad_norm, lr):
     """Steps the optimizers, or skips the step if the loss or a gradient is infinite or NaN, which would ruin
     all weights. In float16 that happens now and then: the loss scale was too high, and is halved. In other
     dtypes, or 20 times in a row, it means that training has diverged, and check_finite ends the run. Loss and
-    gradients are averages over all ranks, so all decide alike. If the norm of all gradients together is above
-    grad_clip, they are scaled down to it, so that one outlier batch cannot do much damage."""
+    gradients are averages over all ranks, so all decide alike. Returns whether a step was taken."""
+    taken = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)      # in float16, divides by the loss scale, and notes any inf or NaN
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    for optimizer in optimizers:
-        if finite:
+        if taken:
             optimizer.step()    # scaler.step checks each optimizer alone, and might skip just one
         optimizer.zero_grad()
     scaler.update()     # halves the loss scale if a gradient overflowed; doubles it after 2,000 good steps
-    return grad_norm, finite        # the norm before clipping, and whether a step was taken
+    return taken
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -248,9 +252,10 @@ def train(run, told_to_stop):
         lr = learning_rate(state.step, run.total_steps, args.warmup, args.lr, args.min_lr, args.schedule)
         seed_dropout(args.seed, state.step, world.rank)     # so last.pt needs no random state
         loss = backward(run.wrapped_model, run.batches(state.offset), run.scaler, run.autocast)
+        grad_norm = clip_gradients(run.model, run.optimizers, run.scaler, args.grad_clip)
         # Sums over all ranks: the mean loss, and how many want to stop (True is 1). So all stop together.
-        loss, stop_votes = world.sum(loss / world.size, told_to_stop())
-        grad_norm, taken = update(run.model, run.optimizers, run.scaler, loss, lr, args.grad_clip)
+        loss, stop_votes = world.sum(loss.item() / world.size, told_to_stop())
+        taken = update(run.optimizers, run.scaler, loss, grad_norm, lr)
         # A skipped step counts like any other, and its batch is not repeated.
         state.skipped = 0 if taken else state.skipped + 1
         check_finite(run, loss, grad_norm, lr)
@@ -520,7 +525,8 @@ def seconds_per_step(run, n_steps=5):
     for _ in range(1 + n_steps):
         started = time.perf_counter()
         loss = backward(run.wrapped_model, run.batches(run.state.offset), run.scaler, run.autocast)
-        update(run.model, run.optimizers, run.scaler, loss, 0.0, run.args.grad_clip)
+        grad_norm = clip_gradients(run.model, run.optimizers, run.scaler, run.args.grad_clip)
+        update(run.optimizers, run.scaler, loss, grad_norm, lr=0.0)
         seconds.append(time.perf_counter() - started)
     for optimizer in run.optimizers:
         optimizer.state.clear()

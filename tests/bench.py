@@ -235,7 +235,8 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
         for _ in range(n_steps):
             if kind == "ours":
                 loss = train.backward(net, [(inputs, targets)], scaler, context)
-                train.update(model, optimizers, scaler, loss, 1e-4, 1.0)
+                grad_norm = train.clip_gradients(model, optimizers, scaler, 1.0)
+                train.update(optimizers, scaler, loss.item(), grad_norm, 1e-4)
                 continue
             with context:
                 loss = net(inputs, targets)

@@ -206,8 +206,9 @@ def test_in_float16_the_run_ends_after_20_skipped_steps_in_a_row(fails, data, mo
 
 def test_skipped_steps_are_counted_in_a_row(fails, data, monkeypatch):
     norms = iter([math.nan] * 19 + [1.0] + [math.inf] * 19 + [1.0] + [math.nan] * 20)
-    monkeypatch.setattr(train, "backward", lambda *args: 5.0)
-    monkeypatch.setattr(train, "update", lambda *args: (norm := next(norms), math.isfinite(norm)))
+    monkeypatch.setattr(train, "backward", lambda *args: torch.tensor(5.0))
+    monkeypatch.setattr(train, "clip_gradients", lambda *args: next(norms))
+    monkeypatch.setattr(train, "update", lambda optimizers, scaler, loss, norm, lr: math.isfinite(norm))
     fails(main, [*QUICK, "--dtype", "float16", "--max_steps", 99], "step 60 has loss 5 and a gradient")
 
 

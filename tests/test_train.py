@@ -140,7 +140,7 @@ def test_beside_muon_embeddings_get_four_times_the_learning_rate(tiny, name, sca
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizers = train.make_optimizers(name, model, 0.1, CPU, torch.float32)
-    train.update(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, 0.01, 1.0)
+    train.update(optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, 1.0, 0.01)
     rates = {id(p): group["lr"] for optimizer in optimizers for group in optimizer.param_groups
              for p in group["params"]}
     assert rates[id(model.wte.weight)] == rates[id(model.wpe.weight)] == 0.01 * scale
@@ -229,9 +229,10 @@ def gradient_of_an_update(tiny, n_micro_batches, grad_clip=1e9):
     model = gpt.GPT(tiny)
     before = weights(model)
     optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-    loss = train.backward(model, micro_batches_of(n_micro_batches), scaler, nullcontext())
-    norm, taken = train.update(model, [optimizer], scaler, loss, lr=1.0, grad_clip=grad_clip)
-    assert taken and all(p.grad is None for p in model.parameters())
+    loss = train.backward(model, micro_batches_of(n_micro_batches), scaler, nullcontext()).item()
+    norm = train.clip_gradients(model, [optimizer], scaler, grad_clip)
+    assert train.update([optimizer], scaler, loss, norm, lr=1.0)
+    assert all(p.grad is None for p in model.parameters())
     return before - weights(model), loss, norm
 
 
@@ -271,8 +272,9 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_untouched_whatever_the_gra
     optimizers = train.make_optimizers(name, model.model, 0.1, CPU, torch.float32)
     scaler, before = torch.amp.GradScaler("cpu", enabled=enabled), weights(model)
     loss = train.backward(model, micro_batches_of(n_micro_batches), scaler, nullcontext())
-    norm, taken = train.update(model, optimizers, scaler, loss, lr=1.0, grad_clip=1.0)
-    assert loss == math.inf and math.isfinite(norm) and not taken
+    norm = train.clip_gradients(model, optimizers, scaler, 1.0)
+    assert loss == math.inf and math.isfinite(norm)
+    assert not train.update(optimizers, scaler, loss, norm, lr=1.0)
     assert torch.equal(weights(model), before) and not any(optimizer.state for optimizer in optimizers)
     assert all(p.grad is None for p in model.parameters())      # nothing of it is left for the next step
 
@@ -285,8 +287,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_untouched_whatever_the
     scaler, before = torch.amp.GradScaler("cpu", enabled=enabled), weights(model)
     loss = train.backward(model, micro_batches_of(1), scaler, nullcontext())
     model.h[1].mlp.c_fc.weight.grad[3, 5] = value
-    norm, taken = train.update(model, optimizers, scaler, loss, lr=1.0, grad_clip=1.0)
-    assert math.isfinite(loss) and not math.isfinite(norm) and not taken
+    norm = train.clip_gradients(model, optimizers, scaler, 1.0)
+    assert math.isfinite(loss) and not math.isfinite(norm)
+    assert not train.update(optimizers, scaler, loss, norm, lr=1.0)
     assert torch.equal(weights(model), before) and not any(optimizer.state for optimizer in optimizers)
 
 
@@ -327,12 +330,13 @@ def test_epochs_that_are_given_come_before_the_steps_of_the_recipe(monkeypatch):
 
 
 def test_the_flags_of_the_schedule_and_of_clipping_reach_each_update(data, monkeypatch):
-    seen, update = [], train.update
-    monkeypatch.setattr(train, "update", lambda *args: seen.append(args[-2:]) or update(*args))
+    seen, norms, update, clip = [], [], train.update, train.clip_gradients
+    monkeypatch.setattr(train, "update", lambda *args: seen.append(args[-1]) or update(*args))
+    monkeypatch.setattr(train, "clip_gradients", lambda *args: norms.append(args[-1]) or clip(*args))
     run("--max_steps", 8, "--schedule", "cosine", "--warmup", 0.25, "--lr", 0.1, "--min_lr", 0.01,
         "--grad_clip", 0.5, "--log_interval", 1, "--weight_decay", 0.2)
     rates = [learning_rate(step, 8, 0.25, 0.1, 0.01, "cosine") for step in range(8)]
-    assert seen == [(rate, 0.5) for rate in rates]
+    assert seen == rates and norms == [0.5] * 8
     assert [row["lr"] for row in log() if "lr" in row] == rates
 
 
