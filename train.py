@@ -498,7 +498,8 @@ def set_up(args, world, dtype, saved):
         restore(run, saved[1])
     if world.sum(run.state.step) != [run.state.step * world.size]:
         raise UserError("the ranks found different checkpoints: --out must be on a disk shared by all")
-    run.wrapped_model = world.wrap(compiled(model) if args.compile else model, run.batches, run.autocast)
+    trained = compiled(model, block_by_block=world.size > 1) if args.compile else model
+    run.wrapped_model = world.wrap(trained, run.batches, run.autocast)
     if args.minutes and not saved:
         args.max_steps = max(1, round(60 * args.minutes / seconds_per_step(run)))
     left = math.ceil(((args.epochs or 0) * len(sequences) - run.state.offset) / args.global_batch_size)
@@ -508,14 +509,15 @@ def set_up(args, world, dtype, saved):
     return run
 
 
-def compiled(model):
-    """Returns a copy that shares the model's weights, with blocks and loss compiled one by one, so that DDP
+def compiled(model, block_by_block):
+    """Returns a compiled copy that shares the model's weights. As a whole, it is fastest. Block by block, DDP
     can send the gradients of a block while those of earlier blocks are computed."""
     from copy import deepcopy
     model = deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    for block in model.h:
-        block.compile()
-    model.loss = torch.compile(model.loss)
+    for module in model.h if block_by_block else [model]:
+        module.compile()
+    if block_by_block:
+        model.loss = torch.compile(model.loss)
     return model
 
 

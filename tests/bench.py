@@ -217,7 +217,7 @@ def training(kind, name, batch_size, length, device="cpu", dtype=None, compiled=
     if kind == "ours":
         train.keep_freed_memory()
         optimizers = train.make_optimizers(optimizer, model, 1e-4, device, dtype)
-        net = train.compiled(model) if compiled else model
+        net = train.compiled(model, block_by_block=False) if compiled else model
     elif kind == "nanoGPT":
         model, optimizer = nanogpt(name)
         whole = torch.compile(model) if compiled else model

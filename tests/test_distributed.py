@@ -102,6 +102,11 @@ def test_two_ranks_do_not_overwrite_an_earlier_run(data):
         assert "error: out/text/last.pt is from an earlier run: add --resume" in rank.stderr
 
 
+def test_the_blocks_of_several_ranks_are_compiled_one_by_one(data):
+    look = "train.compiled = lambda model, block_by_block: print('block by block:', block_by_block) or model"
+    assert train(2, "--max_steps", 1, "--compile", first=look).count("block by block: True") == 2
+
+
 # ----------------------------------------------------------------------------------------- faults of a rank
 
 def acting(action, patience=30):

@@ -76,26 +76,27 @@ def test_the_model_and_its_loss_are_one_graph():
     assert graphs.frame_count == 1
 
 
-def test_compiled_blocks_share_a_graph_and_the_weights_of_the_plain_model(monkeypatch):
+@pytest.mark.parametrize("block_by_block, n_graphs", [(True, 2), (False, 1)])     # of a block and of the loss
+def test_compiled_blocks_share_a_graph_and_all_share_weights(monkeypatch, block_by_block, n_graphs):
     graphs, model = torch._dynamo.testing.CompileCounter(), gpt.GPT(ODD)
     compile = torch.compile
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend=graphs, fullgraph=True))
-    compiled, ids = train.compiled(model), torch.randint(257, (2, 16))
+    compiled, ids = train.compiled(model, block_by_block), torch.randint(257, (2, 16))
     compiled(ids, ids).backward()
-    assert graphs.frame_count == 2      # one of a block, one of the loss
+    assert graphs.frame_count == n_graphs
     ours, theirs = dict(model.named_parameters()), dict(compiled.named_parameters())
     assert ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
     assert model(ids, ids).item() == pytest.approx(compiled(ids, ids).item(), rel=1e-6)
     assert model.h[0]._compiled_call_impl is None       # generation stays as it is
 
 
-def test_compile_trains_a_model_compiled_block_by_block(data, monkeypatch):
+def test_compile_trains_a_compiled_model(data, monkeypatch):
     made = []
-    monkeypatch.setattr(train, "compiled", lambda model: made.append(model) or model)
+    monkeypatch.setattr(train, "compiled", lambda model, block_by_block: made.append(block_by_block) or model)
     model, _ = run("--max_steps", 2, "--compile")
     plain, _ = run("--max_steps", 2, out="out/plain")
-    assert len(made) == 1 and same_weights(model, plain)
+    assert made == [False] and same_weights(model, plain)
 
 
 # ----------------------------------------------------------------------------------------- several processes
