@@ -286,12 +286,12 @@ def vocabulary_text(ranks):
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
 
 
-def encode_all(pieces, parts):
+def encode_all(pieces, arguments):
     """Yields the tokens of all pieces, in order. Encodes in threads on at most 16 cores: tiktoken releases
     Python's global lock. Reads only a few batches ahead, so that memory does not grow with the text."""
     workers = min(16, os.cpu_count() or 1)
     # Threads that share one tokenizer run at 0.8 of the speed (on two cores). One of gpt2 takes 11 MB.
-    tokenizers = [tiktoken.Encoding(**parts) for _ in range(workers)]
+    tokenizers = [tiktoken.Encoding(**arguments) for _ in range(workers)]
     batches = iter(lambda: list(islice(pieces, 32)), [])    # until [] comes. Many short documents at once.
     pending = deque()
     with ThreadPoolExecutor(workers) as pool:

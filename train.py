@@ -201,7 +201,7 @@ def update(optimizers, scaler, loss, grad_norm, lr):
         if taken:
             optimizer.step()    # scaler.step checks each optimizer alone, and might skip just one
         optimizer.zero_grad()
-    scaler.update()     # halves the loss scale if a gradient overflowed; doubles it after 2,000 good steps
+    scaler.update()     # halves the loss scale if unscale_ found an inf; doubles it after 2,000 good steps
     return taken
 
 
@@ -268,7 +268,7 @@ def train(run, told_to_stop):
     return stop_votes > 0
 
 
-# ---------------------------------------------------------------------------- Muon (optional)
+# -------------------------------------------------------------- Muon (nano's; else optional)
 
 class Muon(torch.optim.Optimizer):
     """Like AdamW, keeps a running mean of the gradient, but then treats it as a matrix and makes it equally
@@ -480,7 +480,7 @@ def set_up(args, world, dtype, saved):
         model = GPT(replace(MODELS[args.model], vocab_size=data["vocab_size"], **sizes))
     model = model.to(world.device).train()
     # Some defaults depend on the model and the ranks. From here on args has them, and so do log and last.pt.
-    vars(args).update({**asdict(model.config), **sizes})        # sizes last: `restore` must see them
+    vars(args).update({**asdict(model.config), **sizes})        # sizes last: restore refuses changed ones
     args.stride = args.stride or args.block_size
     args.global_batch_size = args.global_batch_size or args.batch_size * world.size
     if args.global_batch_size % world.size:
