@@ -83,8 +83,8 @@ def attention(q, k, v, dropout):
     scores of one query into weights that add up to 1, and the result is the weighted mean of the values.
 
     Why sqrt(D)? If the entries of queries and keys have variance 1, a score, the sum of D products, has
-    variance D. Divided by sqrt(D) it has variance 1 again. Without that, the softmax would put nearly all
-    weight on one position, and the gradients of the scores would be almost 0.
+    variance D. Divided by sqrt(D) it has variance 1 again. Without that, the larger D, the more weight the
+    softmax would put on one position. With nearly all there, the gradients of the scores are almost 0.
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
     minus infinity, which the softmax turns into a weight of 0 (in the kernel, is_causal does that):
@@ -332,7 +332,8 @@ PADDED = ("cuda",)      # device types where the head size is padded
 
 
 def fused_attention(q, k, v, dropout):
-    """The same as attention (dropout aside), with a fused kernel, which never holds all scores at once."""
+    """The same as attention (dropout aside) for T = S or T = 1, with a fused kernel, which never holds all
+    scores at once, except for dropout on a CPU."""
     T, S, D = q.shape[2], k.shape[2], q.shape[3]
     # If T == S, is_causal makes the mask. A single new position may attend to all others: it needs no mask.
     assert T == S or T == 1
@@ -350,7 +351,7 @@ ROWS_AT_ONCE = 1024
 
 
 def chunked_cross_entropy(x, weight, targets, vocab_size):
-    """The same as cross_entropy, but never holds all logits, by far the largest array."""
+    """The same as cross_entropy, but never holds all logits, by far the largest array, of a large batch."""
     with_gradients = torch.is_grad_enabled()        # asked here, as it is always off inside forward
     x, targets = x.flatten(0, 1), targets.flatten()
     return ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, with_gradients) / len(targets)
@@ -447,7 +448,7 @@ def load_checkpoint(path):
 
 def weight_pairs(model, theirs):
     """Yields (a weight of a GPT, the same weight of a GPT2LMHeadModel) as views of the same shape: like
-    OpenAI's release, theirs stores linear layers as (in, out), and has no padding."""
+    OpenAI's release, theirs stores blocks' linear layers as (in, out), without padding."""
     for name, ours in model.named_parameters():
         weight = theirs.get_parameter(name if name == "lm_head.weight" else f"transformer.{name}")
         if name in ("wte.weight", "lm_head.weight"):
@@ -544,7 +545,7 @@ def choose_dtype(name, device):
         print("warning: this GPU has no hardware bfloat16: float16 is faster", file=sys.stderr)
     if name is None and device.type == "cuda":
         return torch.bfloat16 if modern else torch.float16
-    if name is None:    # PyTorch before 2.6 cannot report what a CPU has: float32
+    if name is None:    # PyTorch before 2.11 cannot report what a CPU has: float32
         abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
     dtype = getattr(torch, name)

@@ -197,7 +197,7 @@ def load_tokens(folder, split):
 # the command lines of all three programs share.
 
 class UserError(ValueError):
-    """A user's mistake. The message says in one line what is wrong and how to fix it."""
+    """A user's mistake, or a failed download. The message says in one line what is wrong or how to fix it."""
 
 
 @lru_cache(maxsize=1)
@@ -447,7 +447,7 @@ def json_rows(lines, path):
 
 
 def table_rows(source):
-    """Yields the rows of a parquet file, or of a dataset on the Hub. Needs pyarrow and datasets."""
+    """Yields the rows of a parquet file, or of a dataset on the Hub. Needs pyarrow or datasets."""
     try:
         if isinstance(source, str):
             import datasets
@@ -455,7 +455,7 @@ def table_rows(source):
             yield from datasets.load_dataset(name, subset or None, split="train", streaming=True)
         else:
             from pyarrow.parquet import ParquetFile
-            for batch in ParquetFile(source).iter_batches(columns=["text"]):
+            for batch in ParquetFile(source).iter_batches(batch_size=256, columns=["text"]):
                 yield from batch.to_pylist()
     except ModuleNotFoundError:
         raise
@@ -554,16 +554,16 @@ def show_tokens(meta, folder):
     """Prints the first and last merges learned, and an example of text split into tokens."""
     tokenizer = get_tokenizer(meta["tokenizer"], meta["vocabulary"])
 
-    def pieces(tokens):
+    def texts(tokens):
         return [token_text(tokenizer, token) for token in tokens if token != tokenizer.eot_token]
 
     if meta["tokenizer"] == "bpe":
-        merges = [repr(piece) for piece in pieces(range(256, tokenizer.eot_token))]
+        merges = [repr(text) for text in texts(range(256, tokenizer.eot_token))]
         print("first merges:", *merges[:16])
         print("last merges:", *merges[-16:])
     print("the first tokens for validation:")
-    split = pieces(load_tokens(folder, "val")[:100])
-    coloured = "".join(f"\033[{44 + i % 2}m{piece}" for i, piece in enumerate(split)) + "\033[0m"
+    split = texts(load_tokens(folder, "val")[:100])
+    coloured = "".join(f"\033[{44 + i % 2}m{text}" for i, text in enumerate(split)) + "\033[0m"
     print(coloured if in_colour() else "|".join(split))
 
 
@@ -609,7 +609,7 @@ seed_int = checked(int, lambda n: 0 <= n < 2 ** 32, "a whole number from 0 to 2^
 @contextmanager
 def one_line_errors(*kinds, out_of_memory):
     """Ends the program with one line and exit status 2 on a UserError, an OSError, an exception of these
-    kinds, a missing optional package, or a lack of memory. On Ctrl-C, the exit status is 130."""
+    kinds, a missing optional package, or a lack of memory. On KeyboardInterrupt it is 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")        # closed by the shell
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with suppress(AttributeError):      # notebooks have a different stdout
@@ -685,7 +685,7 @@ def main(argv=None):
         f"dataset on the Hugging Face Hub (its column text); {', '.join(NAMED_SOURCES)}; or python, this "
         "Python's standard library (default: python)")
     add("--name", help="the folder to write is data/NAME (default: the first SOURCE's name)")
-    add("--overwrite", action="store_true", help="replace the contents of data/NAME")
+    add("--overwrite", action="store_true", help="replace the data in data/NAME")
     add("--tokenizer", metavar="NAME", help="gpt2, bytes, bpe (learns a vocabulary), or a data folder, "
         "to use its vocabulary (default: bpe for python, otherwise gpt2)")
     add("--vocab_size", type=checked(int, lambda n: 257 <= n <= 65536, "a whole number from 257 to 65,536"),
@@ -706,7 +706,7 @@ def main(argv=None):
         raise UserError(f"--name must be the name of a folder in data, not {folder}")
     if folder.is_dir() and set(os.listdir(folder)) - {".lock", ".unfinished"} and not args.overwrite:
         raise UserError(f"{folder} already exists: choose another --name, or add --overwrite (runs on "
-                        "what it has now can then no longer be resumed)")
+                        "what it has now can then be resumed only if the new data are the same)")
     started = time.perf_counter()
     meta = prepare(sources, folder, tokenizer, args.vocab_size or 2048, args.sample_size, args.val_fraction)
     seconds = time.perf_counter() - started

@@ -24,8 +24,8 @@ from prepare import vocabulary_text
 
 
 def complete(model, tokenizer, prompt, max_new_tokens, *, seed=1337, **options):
-    """Continues a prompt until the model ends the document; without a prompt, it starts a new one. Yields the
-    new text after each token. The options are those of GPT.generate.
+    """Continues a prompt, at most until the model ends the document; without a prompt, it starts a new one.
+    Yields the new text after each token. The options are those of GPT.generate.
 
     A token may be only part of a character. Then its text is "", and the character appears once it is
     complete (or as \ufffd, once it is clear that it never will be)."""
@@ -66,7 +66,7 @@ def token_probabilities(model, ids, max_new_tokens, eot_token, **options):
 # You can stop here on a first reading. Below: showing probabilities, loading models, export, flags.
 
 def show_probs(model, tokenizer, prompt, max_new_tokens, **options):
-    """Prints a line for each token: its probability and its three likeliest rivals. > marks new ones."""
+    """Prints a line for each token but the first: its probability and its three likeliest rivals."""
     def shown(token):
         return repr(token_text(tokenizer, token))
 
@@ -146,18 +146,18 @@ def has_other_tokenizer(source):
 
 def export(model, tokenizer, folder):
     """Writes a folder that transformers.pipeline("text-generation", folder) can use. Needs transformers.
-    If that fails, raises ModelError and leaves nothing."""
+    If that fails, raises ModelError and leaves no such folder."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    parts, parent = tokenizer_arguments(*tokenizer), Path(folder).absolute().parent
-    [end] = parts["special_tokens"]
+    arguments, parent = tokenizer_arguments(*tokenizer), Path(folder).absolute().parent
+    [end] = arguments["special_tokens"]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as temporary:
             # A new path for the vocabulary, because tiktoken caches files by their paths.
-            new, vocabulary = Path(temporary, "new"), Path(temporary, "vocabulary")
-            vocabulary.write_text(vocabulary_text(parts["mergeable_ranks"]))
-            converter = TikTokenConverter(str(vocabulary), parts["pat_str"], extra_special_tokens=[end])
+            new, path = Path(temporary, "new"), Path(temporary, "vocabulary")
+            path.write_text(vocabulary_text(arguments["mergeable_ranks"]))
+            converter = TikTokenConverter(str(path), arguments["pat_str"], extra_special_tokens=[end])
             model.save_pretrained(new)
             PreTrainedTokenizerFast(
                 tokenizer_object=converter.converted(), bos_token=end, eos_token=end, unk_token=end,
@@ -197,7 +197,7 @@ def parse_args(argv):
     add("--top_p", type=checked(float, lambda p: 0 < p <= 1, "a number above 0, at most 1"), default=1.0,
         help="sample only from the fewest tokens whose probabilities reach this")
     add("--seed", type=seed_int, default=1337, help="of the first sample; the others use the next seeds")
-    add("--dtype", choices=DTYPES, help="of matmuls and weights (default: the fastest with hardware for it)")
+    add("--dtype", choices=DTYPES, help="of matmuls and weights (default: the fastest; on mps, float32)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     return parser.parse_args(argv)
 

@@ -403,7 +403,8 @@ def stop_signals():
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) == receive:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if os.environ.get("RANK", "0") == "0":
             with suppress(OSError):     # not print, which may be what was interrupted
                 os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
@@ -582,7 +583,7 @@ def evaluate_and_save(run):
                   run.state.step, val_loss=loss, val_stderr=error, bits_per_byte=bits_per_byte)
     show_sample_and_curves(run)
     run.model.train()
-    run.log.last = run.state.step, time.perf_counter()      # tokens/s counts training only
+    run.log.last = run.state.step, time.perf_counter()      # so that tokens/s leaves out evaluations
 
 
 def standard_error(losses, sizes):
@@ -661,7 +662,7 @@ def describe(run, dtype):
     if args.dry_run:
         seconds = seconds_per_step(run)
         left = duration(seconds * max(0, run.total_steps - done))
-        run.world.print(f"{tokens_per_step / seconds:,.0f} tokens/s; {left} for all steps, without "
+        run.world.print(f"{tokens_per_step / seconds:,.0f} tokens/s; {left} for the steps left, without "
                         f"evaluations; at least {peak_memory(run.world.device) / 1e9:.2f} GB in each process")
 
 
@@ -735,8 +736,8 @@ class Log:
 
 
 def commit():
-    """Returns the commit of this code, with "-dirty" if it was changed since, or None outside git."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    """Returns the commit of this folder, with "-dirty" if it was changed since, or None outside git."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, stderr=subprocess.DEVNULL).decode(errors="replace").strip()
 
@@ -816,7 +817,7 @@ def make_parser():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive_float, help="passes over the data (default: see below)")
     length.add_argument("--max_steps", type=positive_int, help="steps to take")
-    length.add_argument("--minutes", type=positive_float, help="plan a new run to take this many minutes")
+    length.add_argument("--minutes", type=positive_float, help="plan a new run's steps for this many minutes")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon learns more per step, but costs more time when batches are small")
     add("--lr", type=positive_float, default=6e-4, help="peak learning rate")
@@ -830,8 +831,8 @@ def make_parser():
         help="maximum validation sequences per evaluation; the final evaluation uses all")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
     add("--keep_epochs", type=positive_int, metavar="N",
-        help="keep a checkpoint every N epochs (default: 4, but no more than 20 checkpoints)")
-    add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest with hardware for it)")
+        help="keep a checkpoint every N epochs (default: 4; of over 80 epochs planned at first, a 20th)")
+    add("--dtype", choices=DTYPES, help="of matmuls (default: the fastest; on mps, float32)")
     add("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is a GPU, otherwise cpu)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train with torch.compile")
     add("--dry_run", action="store_true", help="estimate time and memory; write nothing")
@@ -899,7 +900,7 @@ def main(argv=None):
         if args.dry_run or run.state.step > run.total_steps:
             return
         with held(args.out) if world.rank == 0 else nullcontext():
-            if written != modified(Path(args.out, "last.pt")):
+            if world.rank == 0 and written != modified(Path(args.out, "last.pt")):
                 raise UserError(f"another process has just written to {args.out}: start again")
             run.log = Log(run)
             deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)

@@ -67,6 +67,18 @@ def test_two_ranks_continue_with_the_tokens_of_one_process(data):
     assert losses("out/text") == pytest.approx(whole, abs=1e-5)
 
 
+def test_a_save_by_the_first_rank_is_not_taken_for_one_by_another_process(data):
+    late = """
+import os, time
+def describe(*args, describe=train.describe):
+    describe(*args)
+    time.sleep(2 * int(os.environ["RANK"]))
+train.describe = describe
+"""
+    train(2, "--max_steps", 2, "--eval_interval", 2)
+    assert "step 4/4" in train(2, "--max_steps", 4, "--eval_interval", 2, "--resume", first=late)
+
+
 def test_two_ranks_continue_with_a_larger_global_batch_size_than_all_they_have_read(data):
     flags = ["--batch_size", 2, "--out", "out/text"]
     train(2, *flags, "--global_batch_size", 4, "--max_steps", 1)

@@ -28,7 +28,7 @@ def test_a_dry_run_reports_the_size_the_cost_and_the_time_and_writes_nothing(for
     assert f"{gpt.GPT(tiny).num_params():,} parameters; data/text: 112 sequences of 16 tokens\n" in says
     assert "64 tokens per step: 1 (processes) x 1 (micro-batches) x 4 (sequences) x 16\n" in says
     assert "\n200 steps, 7.14 epochs\n" in says
-    assert re.search(r"\n[\d,]+ tokens/s; \d+s for all steps, .*; at least [\d.]+ GB in each process\n$",
+    assert re.search(r"\n[\d,]+ tokens/s; \d+s for the steps left, .*; at least [\d.]+ GB in each process\n$",
                      says)
 
 

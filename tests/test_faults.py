@@ -45,6 +45,16 @@ def test_a_second_ctrl_c_stops_at_once(data, monkeypatch):
     assert gpt.load_checkpoint("out/text/last.pt")[1]["step"] == 2
 
 
+def test_a_ctrl_c_that_is_ignored_stays_ignored_after_another_signal(data, monkeypatch):
+    def both(model):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    at_step(monkeypatch, 3, both)
+    assert run("--max_steps", 10)[1]["step"] == 3
+
+
 def test_a_reader_of_its_output_that_goes_away_does_not_end_a_run(data):
     # As with `| tee`, which Ctrl-C ends, too.
     command = (f"'{sys.executable}' '{ROOT}/train.py' --data {data} --n_layer 1 --n_embd 8 --block_size 16 "
