@@ -460,7 +460,7 @@ def weight_pairs(model, theirs):
 @torch.no_grad()
 def save_pretrained(model, folder):
     """Writes a folder for transformers.GPT2LMHeadModel.from_pretrained. Needs the package transformers.
-    Raises ModelError if their GPT-2 computes something else from these weights."""
+    Raises ModelError if gpt.py was changed: see check_logits."""
     from copy import deepcopy
 
     import transformers
@@ -473,10 +473,7 @@ def save_pretrained(model, folder):
         tie_word_embeddings=config.tied, bos_token_id=end_of_text, eos_token_id=end_of_text))
     for ours, weight in weight_pairs(model, theirs):
         weight.copy_(ours)      # theirs always has biases; they stay 0 if ours has none
-    ids = torch.arange(min(16, config.block_size, config.vocab_size)).unsqueeze(0)
-    expected = deepcopy(model).to("cpu", torch.float32).eval()(ids)
-    if not torch.allclose(theirs.eval()(ids).logits, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise ModelError("GPT-2 computes other logits with its weights: was gpt.py changed?")
+    check_logits(deepcopy(model).to("cpu", torch.float32).eval(), theirs)
     theirs.generation_config.max_length = config.block_size     # where their pipeline stops by default
     theirs.save_pretrained(folder)
 
@@ -484,7 +481,8 @@ def save_pretrained(model, folder):
 @torch.no_grad()
 def from_pretrained(source):
     """Loads a GPT-2 in Hugging Face's format, a folder or a name on their Hub (gpt2, owner/name), onto the
-    CPU and in evaluation mode. Raises ModelError if it is unavailable or not a GPT-2. Needs transformers."""
+    CPU and in evaluation mode. Raises ModelError if it is unavailable, not a GPT-2, or gpt.py was changed:
+    see check_logits. Needs the package transformers."""
     import transformers
     transformers.logging.disable_progress_bar()
     try:
@@ -505,11 +503,20 @@ def from_pretrained(source):
             mlp_ratio=(config.n_inner or 4 * config.n_embd) // config.n_embd))
         for ours, weight in weight_pairs(model, theirs):
             ours.copy_(weight)
-        return model.eval()
+        check_logits(model.eval(), theirs)
+        return model
     except Exception as error:      # also for a bad folder, or trouble with the Hub
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{source} cannot be loaded as Hugging Face's GPT-2 ({reason}): check the folder, "
                          "or the name and the connection") from error
+
+
+def check_logits(model, theirs):
+    """Raises ModelError if a GPT2LMHeadModel computes other logits with the same weights, as it does once
+    gpt.py has other positions, for example."""
+    ids = torch.arange(min(16, model.config.block_size, model.config.vocab_size)).unsqueeze(0)
+    if not torch.allclose(theirs.eval()(ids).logits, model(ids), rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ModelError("GPT-2 computes other logits with its weights: was gpt.py changed?")
 
 
 # Methods of GPT, kept out of its class so that it stays short: model.num_params() and so on.

@@ -374,6 +374,15 @@ def test_a_hugging_face_folder_comes_back_as_it_was_saved(model, sizes):
     assert torch.equal(loaded(ids), model(ids))
 
 
+def test_a_changed_gpt_py_does_not_load_the_weights_of_gpt2(model, monkeypatch):
+    pytest.importorskip("transformers")
+    torch.nn.init.normal_(model.wpe.weight)
+    model.save_pretrained("folder")
+    monkeypatch.setattr(GPT, "hidden", lambda self, ids: self.ln_f(self.wte(ids)))
+    with pytest.raises(ModelError, match=r"other logits with its weights: was gpt.py changed"):
+        GPT.from_pretrained("folder")
+
+
 def test_a_model_without_biases_comes_back_with_biases_of_0(tiny):
     pytest.importorskip("transformers")
     model = GPT(replace(tiny, bias=False)).eval()
