@@ -9,7 +9,7 @@ B is the batch size (sequences side by side), T time (positions in a sequence), 
 vector at each position), H attention heads, D head size (H * D = C), V the vocabulary size. A token is a
 number below V, made from text by prepare.py. Logits are scores, one per token, and softmax turns them into
 probabilities, exp(score) / sum. Layers are named as in OpenAI's release: wte has a learned vector per token,
-wpe one per position (the scores of attention ignore order), h the blocks; c_attn, c_fc, c_proj are linear.
+wpe one per position (attention itself ignores order), h the blocks; c_attn, c_fc and c_proj are linear.
 
 There are two versions of GELU, attention, cross-entropy and LayerNorm: formulas, for reading, and kernels,
 below the banner, which are faster and agree up to rounding. GPT(config), and so train.py, uses KERNELS (to
@@ -57,7 +57,7 @@ class GPTConfig:
 
 MODELS = {
     "nano": GPTConfig(block_size=128, vocab_size=2048, n_layer=4, n_head=2, n_embd=128),
-    # For two 16 GB GPUs: shallower and narrower, half-width MLP, untied lm_head, heads of an odd size (57).
+    # For two 16 GB GPUs: shallower and narrower, half-width MLP, untied lm_head.
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
@@ -84,10 +84,10 @@ def attention(q, k, v, dropout):
 
     Why sqrt(D)? If the entries of queries and keys have variance 1, a score, the sum of D products, has
     variance D. Divided by sqrt(D) it has variance 1 again. Without that, the larger D, the more weight the
-    softmax would put on one position. With nearly all there, the gradients of the scores are almost 0.
+    softmax would put on one position, until the gradients of the scores were almost 0.
 
     The mask is causal: a position attends to itself and to earlier positions. Later ones (x) get a score of
-    minus infinity, which the softmax turns into a weight of 0 (in the kernel, is_causal does that):
+    minus infinity, which the softmax turns into a weight of 0:
 
             training, T = S = 3                 generation, T = 1, S = 4
                     key 0  1  2                           key 0  1  2  3

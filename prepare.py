@@ -163,7 +163,7 @@ def prepare(sources, folder, tokenizer_name, vocab_size=2048, sample_size=None, 
         # For "bpe", this counts the words of the first pieces, learns from them, and puts them back in front.
         name, vocabulary, pieces = choose_tokenizer(tokenizer_name, vocab_size, pieces, val_fraction)
         with open(new / "train.bin", "wb") as file:
-            file.writelines(encode_all(pieces, tokenizer_arguments(name, vocabulary)))      # arrays, as bytes
+            file.writelines(encode_all(pieces, tokenizer_arguments(name, vocabulary)))      # uint16 arrays
             n_tokens = file.tell() // TOKEN_DTYPE.itemsize
         if not n_tokens:
             raise UserError(f"there is no text in {', '.join(map(str, sources))}")
@@ -430,8 +430,8 @@ def read_text(file):
         return
     while block := file.read(CHUNK):
         text = rest + block
-        mark = text.rfind("<", max(1, len(text) - 12))      # perhaps the start of <|endoftext|>
         last = regex.search(r"(?r)(?<=\S) |(?<=[\p{L}\p{N}])\n", text)       # (?r) searches from the end
+        mark = text.rfind("<", max(1, len(text) - 12))      # else: perhaps the start of <|endoftext|>
         cut = last.start() if last else mark if mark > 0 else len(text)
         yield text[:cut], False
         rest = text[cut:]

@@ -8,11 +8,10 @@ out/NAME gets last.pt (everything --resume needs), best.pt (weights with the low
 epoch_0004.pt and so on (weights every --keep_epochs epochs), log.jsonl and, with matplotlib, curves.png.
 
 Processes that train together are called ranks. `world` knows the number of this one (world.rank), how many
-there are (world.size), and its device; world.sum(a, b) adds up a, and b, across all ranks. A step learns from
-one global batch of sequences. Each rank takes an equal share of it, in micro-batches of at most --batch_size
+there are (world.size), and its device; world.sum(a, b) sums each over all ranks. A step learns from one
+global batch of sequences. Each rank takes an equal share of it, in micro-batches of at most --batch_size
 sequences, so that they fit into memory: 64 sequences may be 2 ranks x 2 micro-batches x 16. Then all ranks
-update their weights identically. Steps are numbered from 0, but the log counts those that are done: the line
-of step 0 says "step 1".
+update their weights identically.
 
 last.pt is written before each evaluation or epoch_*.pt, every ten minutes in between, and when the run is
 done or stopped: first to a temporary file, which then replaces it, so that a crash leaves the old one intact.
@@ -93,7 +92,7 @@ class Batches:
     batches(offset) is this rank's share of the step that begins at that offset of the list: micro-batches
     (inputs, targets) of equal size, at most batch_size. If that is 16, a share of 40 becomes four of 10 each.
     However many ranks and micro-batches share the work, a step reads the same sequences, as long as
-    global_batch_size is the same: by default, 32 for nano, else batch_size times the number of ranks."""
+    global_batch_size is the same."""
 
     def __init__(self, sequences, global_batch_size, batch_size, seed, world):
         self.sequences, self.seed, self.world = sequences, seed, world
@@ -111,9 +110,9 @@ class Batches:
 # ------------------------------------------------------------------- schedule and optimizers
 
 def learning_rate(step, total_steps, warmup, peak, low, schedule):
-    """The learning rate of a step, counted from 0. It starts small, while AdamW's means (see below) rest on
-    few gradients. Over W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the
-    peak at step W. Then it falls, so that the weights settle. One step after the last, it would be `low`:
+    """The learning rate of a step, counted from 0. It starts small, while AdamW has seen few gradients. Over
+    W = warmup * total_steps steps it rises linearly, from peak / (W + 1) at step 0 to the peak at step W.
+    Then it falls, so that the weights settle. One step after the last, it would be `low`:
 
         linear      straight down (the default)
         cosine      along half a cosine (Loshchilov and Hutter 2016, https://arxiv.org/abs/1608.03983)
@@ -199,7 +198,7 @@ def update(optimizers, scaler, loss, grad_norm, lr):
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
         if taken:
-            optimizer.step()    # scaler.step checks each optimizer alone, and might skip just one
+            optimizer.step()    # not scaler.step, which might skip just one optimizer
         optimizer.zero_grad()
     scaler.update()     # halves the loss scale if unscale_ found an inf; doubles it after 2,000 good steps
     return taken
@@ -242,7 +241,8 @@ def train(run, told_to_stop):
     args, world, state = run.args, run.world, run.state
     stop_votes = 0
     while not stop_votes:
-        # These come before a step, not after: if the run dies in one of them, the resumed run repeats it.
+        # These come before a step, not after: if the run dies in one of them, the resumed run repeats it. The
+        # last evaluation takes a round of its own.
         if state.step > 0:
             save_if_due(run)
             if state.step % args.eval_interval == 0 or state.step == run.total_steps:
@@ -289,12 +289,12 @@ class Muon(torch.optim.Optimizer):
             [matrix] = group["params"]
             if matrix not in self.state:
                 self.state[matrix]["mean"] = torch.zeros_like(matrix)
-            # mean becomes 0.9 mean + 0.1 gradient; direction, 0.9 of the new mean + 0.1 gradient (Nesterov).
-            mean = self.state[matrix]["mean"].lerp_(matrix.grad, 1 - group["momentum"])
-            direction = matrix.grad.lerp(mean, group["momentum"])
+            grad, momentum = matrix.grad, group["momentum"]
+            mean = self.state[matrix]["mean"].lerp_(grad, 1 - momentum)     # 0.9 mean + 0.1 grad
+            direction = grad.lerp(mean, momentum)       # once more, with the new mean (Nesterov)
             parts = direction.view(group["parts"], -1, matrix.shape[1])
-            # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). Scaled to 0.2,
-            # they are as large as AdamW's steps (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+            # The entries of U V^T have a root mean square of 1 / sqrt(max(rows, columns)). AdamW's steps
+            # have 0.2 to 0.4 (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so these are scaled to 0.2.
             scale = 0.2 * math.sqrt(max(parts.shape[1:]))
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.sub_(orthogonalize(parts, self.dtype).view_as(matrix), alpha=group["lr"] * scale)
@@ -503,6 +503,7 @@ def set_up(args, world, dtype, saved):
     run.wrapped_model = world.wrap(trained, run.batches, run.autocast)
     if args.minutes and not saved:
         args.max_steps = max(1, round(60 * args.minutes / seconds_per_step(run)))
+    # --max_steps, or those done and those left of --epochs, whose steps may have had another size.
     left = math.ceil(((args.epochs or 0) * len(sequences) - run.state.offset) / args.global_batch_size)
     run.total_steps = args.max_steps or run.state.step + max(0, left)
     epochs = run.total_steps * args.global_batch_size / len(sequences)
