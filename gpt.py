@@ -47,7 +47,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, size in asdict(self).items():
-            if name not in ("dropout", "bias", "tied") and (type(size) is not int or size < 1):
+            if GPTConfig.__annotations__[name] is int and (type(size) is not int or size < 1):
                 raise ModelError(f"{name} must be a whole number above 0, not {size!r}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
