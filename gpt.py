@@ -57,7 +57,7 @@ class GPTConfig:
 
 MODELS = {
     "nano": GPTConfig(block_size=128, vocab_size=2048, n_layer=4, n_head=2, n_embd=128),
-    # For two 16 GB GPUs: shallower and narrower, half-width MLP, untied lm_head.
+    # For two 16 GB GPUs: shallower, narrower, half-width MLP, untied lm_head. Its head size is odd: 57.
     "gpt2-92m": GPTConfig(block_size=512, n_layer=6, n_head=12, n_embd=684, mlp_ratio=2, tied=False),
     "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
@@ -262,7 +262,7 @@ class GPT(nn.Module):
         caches = [KVCache(self, batch_size=len(ids)) for _ in self.h]
         for _ in range(max_new_tokens):
             if caches[0].length == block_size:
-                unread = ids[:, -max(1, block_size // 2):]      # ends with the token that was unread
+                unread = ids[:, -max(1, block_size // 2):]      # the unread token is the last of them
                 for cache in caches:
                     cache.length = 0
             logits = self.logits(self.hidden(unread, caches)[:, -1]).float()    # (B, T) -> (B, C) -> (B, V)

@@ -430,9 +430,11 @@ def read_text(file):
         return
     while block := file.read(CHUNK):
         text = rest + block
-        last = regex.search(r"(?r)(?<=\S) |(?<=[\p{L}\p{N}])\n", text)       # (?r) searches from the end
-        mark = text.rfind("<", max(1, len(text) - 12))      # else: perhaps the start of <|endoftext|>
-        cut = last.start() if last else mark if mark > 0 else len(text)
+        if found := regex.search(r"(?r)(?<=\S) |(?<=[\p{L}\p{N}])\n", text):        # (?r): from the end
+            cut = found.start()
+        else:       # anywhere but in <|endoftext|>, which may have begun
+            cut = text.rfind("<", max(1, len(text) - 12))
+            cut = cut if cut > 0 else len(text)
         yield text[:cut], False
         rest = text[cut:]
     yield rest, True

@@ -184,7 +184,7 @@ def clip_gradients(model, optimizers, scaler, grad_clip):
     """If the norm of all gradients together is above grad_clip, scales them down to it, so that one outlier
     batch cannot do much damage. Returns the norm before."""
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)      # in float16, divides by the loss scale, and notes any inf or NaN
+        scaler.unscale_(optimizer)      # in float16, divides by the loss scale; remembers any inf or NaN
     return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()     # waits for the GPU
 
 
@@ -200,7 +200,7 @@ def update(optimizers, scaler, loss, grad_norm, lr):
         if taken:
             optimizer.step()    # not scaler.step, which might skip just one optimizer
         optimizer.zero_grad()
-    scaler.update()     # halves the loss scale if unscale_ found an inf; doubles it after 2,000 good steps
+    scaler.update()     # halves the loss scale if unscale_ met an inf; doubles it after 2,000 good steps
     return taken
 
 
@@ -259,7 +259,7 @@ def train(run, told_to_stop):
         # A skipped step counts like any other, and its batch is not repeated.
         state.skipped = 0 if taken else state.skipped + 1
         check_finite(run, loss, grad_norm, lr)
-        state.step += 1
+        state.step += 1     # the log counts the steps done: that of step 0 is its "step 1"
         state.offset += args.global_batch_size
         if state.step in (1, run.total_steps) or state.step % args.log_interval == 0:
             run.log.training(state.step, epoch=state.offset / len(run.batches.sequences), loss=loss, lr=lr,
@@ -515,7 +515,7 @@ def compiled(model, block_by_block):
     """Returns a compiled copy that shares the model's weights. As a whole, it is fastest. Block by block, DDP
     can send the gradients of a block while those of earlier blocks are computed."""
     from copy import deepcopy
-    model = deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    model = deepcopy(model, {id(weight): weight for weight in model.parameters()})     # copies no weights
     for module in model.h if block_by_block else [model]:
         module.compile()
     if block_by_block:
@@ -635,7 +635,7 @@ def restore(run, meta):
             raise UserError(f"cannot resume: {name} was {then[name]} in that run, but is {now[name]} now: "
                             f"leave out --{name}, or choose another --out")
     for optimizer, state in zip(run.optimizers, meta["optimizers"], strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})      # rates come from flags
     if meta["scaler"]:      # of a run in float16; if this one is not, it ignores that
         run.scaler.load_state_dict(meta["scaler"])
     run.state = State(**{name: meta[name] for name in asdict(run.state)})

@@ -650,11 +650,11 @@ GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\
         r"|\s+(?!\S)|\s+")
 PATTERNS = {
     "GPT-2's": GPT2,
-    "GPT-2's, marks kept with their letters": GPT2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
+    "GPT-2's, vowel marks kept with letters": GPT2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
         r"[^\s\p{L}", r"[^\s\p{L}\p{M}"),
     "GPT-4's (cl100k)": GPT4,
     "**ours**": prepare.WORD,
-    "ours, marks not kept with their letters": prepare.WORD.replace(r"\p{M}", ""),
+    "ours, vowel marks not kept with letters": prepare.WORD.replace(r"\p{M}", ""),
     "ours, and symbols take the next line's indentation": prepare.WORD.replace(
         r"[\r\n]*", r"(?:[\r\n]+[ \t]*)?"),
 }
