@@ -4,6 +4,7 @@ memory that runs out, and all the ways in which a session ends."""
 import io
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -57,7 +58,7 @@ def test_a_backend_of_matplotlib_that_is_missing_does_not_end_a_run(data):
 def test_what_git_or_a_tracker_cannot_do_does_not_end_a_run(data, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "check_output", lambda *args, **options: "vé".encode("latin-1"))
     Path("wandb.py").write_text("raise TypeError('Descriptors cannot be created directly')")
-    monkeypatch.syspath_prepend(".")
+    monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     assert run("--max_steps", 1, "--wandb")[1]["step"] == 1
     assert "warning: skipping wandb (TypeError: Descriptors cannot be" in capsys.readouterr().out
@@ -65,7 +66,7 @@ def test_what_git_or_a_tracker_cannot_do_does_not_end_a_run(data, monkeypatch, c
 
 def test_a_package_that_is_broken_is_reported_in_one_line(fails, checkpoint, monkeypatch):
     Path("transformers.py").write_text("raise ImportError('tokenizers>=0.22 is required')")
-    monkeypatch.syspath_prepend(".")
+    monkeypatch.syspath_prepend(Path.cwd())
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
     fails(sample.main, ["--export", "exported", "--checkpoint", checkpoint],
           "a package cannot be imported (tokenizers>=0.22 is required)")
@@ -144,6 +145,17 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@pytest.fixture
+def replace_open(monkeypatch):
+    """Replaces open, wherever Python has it."""
+    def replace(function):
+        for name in ("builtins.open", "io.open"):
+            monkeypatch.setattr(name, function)
+        if hasattr(pathlib, "_NormalAccessor"):     # Python 3.10
+            monkeypatch.setattr(pathlib._NormalAccessor, "open", staticmethod(function))
+    return replace
+
+
 @pytest.mark.parametrize("n_moves", range(8))
 def test_old_data_stay_whole_where_new_data_cannot_take_their_place(fails, old_data, monkeypatch, n_moves):
     replace, moved = os.replace, []
@@ -177,15 +189,14 @@ def test_old_data_stay_whole_where_a_signal_comes_during_a_move(old_data, monkey
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
-def test_old_data_stay_whole_where_the_disk_is_full(fails, old_data, monkeypatch, name):
+def test_old_data_stay_whole_where_the_disk_is_full(fails, old_data, replace_open, name):
     real_open = io.open
 
     def full(path, mode="r", *args, **options):
         is_new = str(path).endswith(f"unfinished/{name}") and "w" in mode
         return real_open("/dev/full" if is_new else path, mode, *args, **options)
 
-    monkeypatch.setattr("builtins.open", full)
-    monkeypatch.setattr("io.open", full)
+    replace_open(full)
     fails(prepare.main, ["a.txt", "--tokenizer", "bytes", "--overwrite"], "No space left on device")
     assert contents("data/a") == old_data
 
@@ -414,15 +425,14 @@ def test_what_a_message_quotes_is_not_taken_for_a_lack_of_memory(fails):
 
 
 @pytest.mark.parametrize("name", ["meta.json", "vocabulary.tiktoken", "train.bin"])
-def test_data_that_may_not_be_read_are_not_called_damaged(fails, data, monkeypatch, name):
+def test_data_that_may_not_be_read_are_not_called_damaged(fails, data, replace_open, name):
     def refuse(path, *args, **options):
         if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", str(path))
         return real_open(path, *args, **options)
 
     real_open = open
-    monkeypatch.setattr("builtins.open", refuse)
-    monkeypatch.setattr("io.open", refuse)
+    replace_open(refuse)
     fails(train.main, QUICK, "Permission denied")
 
 
