@@ -141,7 +141,8 @@ def limits(device):
     for dtype in dict.fromkeys((torch.float32, fast)):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         rate = 2 * n ** 3 / seconds(lambda a=a, b=b: a @ b, device) / 1e9
-        say(f"- {n}³ matmuls in {name_of(dtype)}: {rate:,.0f} GFLOP/s")
+        exact = " (no TF32)" if device == "cuda" and dtype == torch.float32 else ""
+        say(f"- {n}³ matmuls in {name_of(dtype)}{exact}: {rate:,.0f} GFLOP/s")
     source = torch.randn(2 ** 26, device=device)
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / seconds(lambda: target.copy_(source), device) / 1e9
