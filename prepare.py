@@ -433,8 +433,8 @@ def read_text(file):
         if found := regex.search(r"(?r)(?<=\S) |(?<=[\p{L}\p{N}])\n", text):        # (?r): from the end
             cut = found.start()
         else:       # anywhere but in <|endoftext|>, which may have begun
-            cut = text.rfind("<", max(1, len(text) - 12))
-            cut = cut if cut > 0 else len(text)
+            mark = text.rfind("<", max(1, len(text) - 12))
+            cut = mark if mark > 0 else len(text)
         yield text[:cut], False
         rest = text[cut:]
     yield rest, True

@@ -407,7 +407,7 @@ def test_the_commit_is_that_of_the_code_wherever_it_runs(monkeypatch):
     monkeypatch.setattr(train, "__file__", str(Path.cwd() / "code" / "train.py"))
     Path("code").mkdir()
     assert train.commit() is None       # no repository
-    git = ["git", "-C", "code", "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    git = ["git", "-C", "code", "-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     Path("code/train.py").touch()
     for command in (["init", "-q"], ["add", "train.py"], ["commit", "-qm", "First"]):
         subprocess.run([*git, *command], check=True)
