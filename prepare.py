@@ -265,7 +265,7 @@ def learn_vocabulary_fast(word_counts, max_tokens):
         for i in words_with.pop(pair):
             if pair not in words[i]:        # an earlier merge took one of its tokens
                 continue
-            # Only this stretch changes: from one token before the first merge to one after the last.
+            # Only this stretch changes: from one token before the first pair (of two) to one after the last.
             first, last = words[i].find(pair), words[i].rfind(pair)
             stretch = words[i][max(0, first - 1):last + 3]
             words[i] = words[i].replace(pair, new)

@@ -168,8 +168,8 @@ def backward(model, micro_batches, scaler, autocast):
     mean_loss = 0.0
     for i, (inputs, targets) in enumerate(micro_batches, start=1):
         # Each rank adds up the gradients of its micro-batches, and in the last backward pass, DDP averages
-        # these sums over all ranks. This flag, set before forward, tells it which pass is the last; without
-        # DDP, it does nothing.
+        # these sums over all ranks. This flag, set before forward, tells it which pass is the last (so does
+        # DDP's no_sync()); without DDP, it does nothing.
         model.require_backward_grad_sync = i == len(micro_batches)
         with autocast:      # runs matmuls in --dtype: in 16 bits, several times faster; weights stay float32
             part = model(inputs, targets) / len(micro_batches)      # the parts, and their gradients, add up
@@ -311,9 +311,10 @@ def orthogonalize(x, dtype):
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT, dtype).mT        # x x^T is smaller when x is transposed
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # norm^2 = sum of s^2: now s <= 1
-    for _ in range(5):
+    for _ in range(5):      # baddbmm(x, y, z) is beta x + alpha y z, faster than in three operations
         xxt = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x       # the polynomial
+        y = torch.baddbmm(xxt, xxt, xxt, beta=-4.7750, alpha=2.0315)        # b x x^T + c x x^T x x^T
+        x = torch.baddbmm(x, y, x, beta=3.4445)                             # a x + y x
     return x
 
 
@@ -575,7 +576,7 @@ def evaluate_and_save(run):
     if loss < run.state.best_val_loss:
         run.state.best_val_loss = loss
         save(run, "best.pt")
-    if run.state.step == run.total_steps:
+    if run.state.step == run.total_steps and n > run.args.eval_sequences:
         loss, error = evaluate(run.model, run.val_sequences, n, *options)
     # Bits per byte let models with different tokenizers be compared. One nat is 1 / ln 2 bits.
     bits_per_byte = loss / math.log(2) * run.data["val"]["tokens"] / max(1, run.data["val"]["bytes"])
