@@ -190,8 +190,8 @@ def clip_gradients(model, optimizers, scaler, grad_clip):
 
 def update(optimizers, scaler, loss, grad_norm, lr):
     """Steps the optimizers, or skips the step if the loss or a gradient is infinite or NaN, which would ruin
-    all weights. In float16 that happens now and then: the loss scale was too high, and is halved. In other
-    dtypes, or 20 times in a row, it means that training has diverged, and check_finite ends the run. Loss and
+    all weights. In float16, gradients overflow now and then: the loss scale was too high, and is halved. In
+    other dtypes, or 20 times in a row, training has diverged, and check_finite ends the run. Loss and
     gradients are averages over all ranks, so all decide alike. Returns whether a step was taken."""
     taken = math.isfinite(loss) and math.isfinite(grad_norm)
     for optimizer in optimizers:
@@ -313,8 +313,8 @@ def orthogonalize(x, dtype):
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)       # norm^2 = sum of s^2: now s <= 1
     for _ in range(5):      # baddbmm(x, y, z) is beta x + alpha y z, faster than in three operations
         xxt = x @ x.mT
-        y = torch.baddbmm(xxt, xxt, xxt, beta=-4.7750, alpha=2.0315)        # b x x^T + c x x^T x x^T
-        x = torch.baddbmm(x, y, x, beta=3.4445)                             # a x + y x
+        y = torch.baddbmm(xxt, xxt, xxt, beta=-4.7750, alpha=2.0315)        # -4.7750 xxt + 2.0315 xxt @ xxt
+        x = torch.baddbmm(x, y, x, beta=3.4445)                             # 3.4445 x + y @ x
     return x
 
 
