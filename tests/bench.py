@@ -1,6 +1,6 @@
 """How fast this is, beside what one would use instead, and beside what the machine can do.
 
-    pip install -e '.[bench]'
+    pip install -e ".[bench]"
     python tests/bench.py                       all rows for a CPU, one to two hours
     python tests/bench.py generation prepare    the rows of these groups
     python tests/bench.py quickstart --seeds 5  the quickstart with five seeds, into docs/quickstart.jsonl
