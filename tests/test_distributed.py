@@ -45,8 +45,11 @@ def test_two_ranks_train_the_same_model_as_one_process_and_report_its_losses_onc
     one, two = (train(n, "--out", f"out/{n}", *flags) for n in (1, 2))
     assert "256 tokens per step: 1 (processes) x 4 (micro-batches) x 2 (sequences) x 32" in one
     assert "256 tokens per step: 2 (processes) x 2 (micro-batches) x 2 (sequences) x 32" in two
-    # The gradient of a key's bias is 0 up to rounding, and AdamW makes steps of that.
-    assert same_weights(last("out/1"), last("out/2"), tolerance=1e-4)
+    models = last("out/1"), last("out/2")
+    for key in [block.attn.c_attn.bias.data.chunk(3)[1] for model in models for block in model.h]:
+        assert key.abs().max() < 1e-4       # it changes no attention: its gradient is 0 but for rounding
+        key.zero_()
+    assert same_weights(*models, tolerance=1e-5)
     assert len(log("out/1")) == len(log("out/2")) == 6
     for row, other in zip(log("out/1"), log("out/2"), strict=True):
         assert row["step"] == other["step"]
